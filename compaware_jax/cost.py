@@ -1,0 +1,194 @@
+"""What a model costs, as a function of how many units each group keeps.
+
+Every cost here is a sum of products of axis sizes, and an axis size is linear in the groups' kept
+counts. So a cost is an exact polynomial of the counts: differentiable for soft counts (sums of gates)
+and equal to the true cost for whole ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compaware_jax.errors import BudgetError
+from compaware_jax.groups import Groups
+from compaware_jax.propagate import work_axes
+
+
+@dataclass(frozen=True, eq=False)
+class Cost:
+    """A cost as a polynomial of kept counts: ``sum_t weights[t] * prod_d sizes[terms[t, d]]`` with
+    ``sizes = base + per_unit @ counts``.
+
+    Attributes:
+      name: what is counted.
+      base: per axis the indices that never leave, shape (axes,).
+      per_unit: per axis and group the indices that one unit holds, shape (axes, groups).
+      terms: per product the axes multiplied, shape (terms, factors); axis 0 is the constant one.
+      weights: per product its weight, shape (terms,).
+      units: units per group, shape (groups,).
+    """
+
+    name: str
+    base: np.ndarray
+    per_unit: np.ndarray
+    terms: np.ndarray
+    weights: np.ndarray
+    units: np.ndarray
+
+    def __call__(self, counts: jax.Array) -> jax.Array:
+        """The cost of soft or hard counts, shape (groups,): a float scalar, differentiable."""
+        counts = jnp.asarray(counts)
+        dtype = jnp.result_type(counts, float)
+        sizes = jnp.asarray(self.base, dtype) + jnp.asarray(self.per_unit, dtype) @ counts
+        return jnp.asarray(self.weights, dtype) @ jnp.prod(sizes[self.terms], axis=1)
+
+    def exact(self, counts: np.ndarray) -> int:
+        """The cost of whole counts, in integers."""
+        sizes = self.base + self.per_unit @ np.asarray(counts, np.int64)
+        return int(self.weights @ np.prod(sizes[self.terms], axis=1))
+
+    @property
+    def total(self) -> int:
+        """The cost of the dense model."""
+        return self.exact(self.units)
+
+    @property
+    def floor(self) -> int:
+        """The cost with one unit left in every group: what fixed axes allow."""
+        return self.exact(np.minimum(self.units, 1))
+
+
+def parameter_cost(groups: Groups) -> Cost:
+    """Number of elements in all leaves."""
+    return _leaf_cost("parameters", groups, lambda itemsize: 1)
+
+
+def byte_cost(groups: Groups) -> Cost:
+    """Bytes of all leaves."""
+    return _leaf_cost("bytes", groups, lambda itemsize: itemsize)
+
+
+def flop_cost(groups: Groups) -> Cost:
+    """FLOPs of one call at the traced input shapes: two per multiply-add of contractions and
+    convolutions (element-wise work is not counted, as is usual)."""
+    builder = _Builder(groups)
+    labels = groups.analysis.labels
+    for pairs in work_axes(groups.analysis.program):
+        rows = []
+        for value, axis in pairs:
+            classes = labels(value)[axis]
+            size = groups.analysis.program.avals[value].shape[axis]
+            units = np.full(size, -1) if classes is None else groups.unit_of_class[classes]
+            rows.append(builder.axis(units))
+        builder.add(rows, 2)
+    return builder.cost("FLOPs")
+
+
+def _leaf_cost(name: str, groups: Groups, weight: Callable[[int], int]) -> Cost:
+    builder = _Builder(groups)
+    for leaf, axes in zip(groups.leaves, groups.units_of, strict=True):
+        builder.add([builder.axis(units) for units in axes], weight(np.dtype(leaf.dtype).itemsize))
+    return builder.cost(name)
+
+
+class _Builder:
+    """Collects products of axis sizes; equal axes share a row."""
+
+    def __init__(self, groups: Groups):
+        self.groups = groups
+        self.rows: dict[bytes, int] = {}
+        self.base: list[int] = [1]
+        self.per_unit: list[np.ndarray] = [np.zeros(len(groups.groups), int)]
+        self.products: list[tuple[list[int], int]] = []
+
+    def axis(self, units: np.ndarray) -> int:
+        key = units.tobytes()
+        if key not in self.rows:
+            counts = np.bincount(units[units >= 0], minlength=self.groups.units)
+            offsets = [group.offset for group in self.groups.groups]
+            self.rows[key] = len(self.base)
+            self.base.append(int((units < 0).sum()))
+            self.per_unit.append(counts[offsets] if offsets else np.zeros(0, int))
+        return self.rows[key]
+
+    def add(self, rows: list[int], weight: int) -> None:
+        self.products.append((rows, weight))
+
+    def cost(self, name: str) -> Cost:
+        width = max((len(rows) for rows, _ in self.products), default=1)
+        terms = np.zeros((len(self.products), width), int)
+        for number, (rows, _) in enumerate(self.products):
+            terms[number, : len(rows)] = rows
+        return Cost(
+            name=name,
+            base=np.array(self.base, np.int64),
+            per_unit=np.array(self.per_unit, np.int64),
+            terms=terms,
+            weights=np.array([weight for _, weight in self.products], np.int64),
+            units=self.groups.sizes,
+        )
+
+
+COSTS: dict[str, Callable[[Groups], Cost]] = {
+    "parameters": parameter_cost,
+    "bytes": byte_cost,
+    "flops": flop_cost,
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A target on a cost: at most `fraction` of the dense model's.
+
+    Attributes:
+      cost: a key of `COSTS`.
+      fraction: in (0, 1].
+    """
+
+    cost: str
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if self.cost not in COSTS:
+            raise BudgetError(f"Budget: cost is {self.cost!r}, expected one of {sorted(COSTS)}.")
+        if not 0 < self.fraction <= 1:
+            raise BudgetError(
+                f"Budget: the fraction of {self.cost} is {self.fraction}, expected a number in (0, 1]. "
+                "Give the share of the dense model's cost that may stay, e.g. 0.1 for a tenth."
+            )
+
+    def limit(self, groups: Groups) -> int:
+        """The largest cost that the budget allows.
+
+        Raises:
+          BudgetError: even one unit per group costs more.
+        """
+        cost = COSTS[self.cost](groups)
+        limit = int(np.floor(self.fraction * cost.total + 1e-9))
+        if cost.floor > limit:
+            raise BudgetError(
+                f"Budget: {self.fraction:.4%} of {cost.total} {cost.name} is {limit}, below the smallest "
+                f"reachable {cost.floor} ({cost.floor / cost.total:.4%}: one unit per group beside the "
+                "axes that stay whole). Ask for at least that."
+            )
+        return limit
+
+
+def params(fraction: float) -> Budget:
+    """At most this fraction of the dense model's parameters, in (0, 1]."""
+    return Budget("parameters", fraction)
+
+
+def nbytes(fraction: float) -> Budget:
+    """At most this fraction of the dense model's bytes, in (0, 1]."""
+    return Budget("bytes", fraction)
+
+
+def flops(fraction: float) -> Budget:
+    """At most this fraction of the dense model's FLOPs at the traced input shapes, in (0, 1]."""
+    return Budget("flops", fraction)

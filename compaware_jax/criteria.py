@@ -1,0 +1,104 @@
+"""Criteria: application metrics with a threshold, and whether a model keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from compaware_jax.errors import CriterionError
+
+Apply = Callable[..., Any]
+Metric = Callable[[Apply, Any, Any], jax.Array]
+"""``(apply, variables, batch) -> scalar``. `apply` is the function under test: dense, masked or small."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A metric with a threshold.
+
+    Attributes:
+      name: what reports call it.
+      metric: ``(apply, variables, batch) -> scalar``, traceable by JAX.
+      threshold: in the metric's unit.
+      above: whether the metric has to be at least (True) or at most (False) the threshold.
+    """
+
+    name: str
+    metric: Metric
+    threshold: float
+    above: bool = True
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.threshold):
+            raise CriterionError(
+                f"Criterion `{self.name}`: the threshold is {self.threshold}, expected a finite number."
+            )
+
+    def margin(self, value: jax.Array) -> jax.Array:
+        """How far a value is on the right side of the threshold, as a share of the threshold."""
+        scale = abs(self.threshold) or 1.0
+        return (value - self.threshold if self.above else self.threshold - value) / scale
+
+    def __str__(self) -> str:
+        return f"{self.name} {'≥' if self.above else '≤'} {self.threshold:g}"
+
+
+def at_least(name: str, metric: Metric, threshold: float) -> Criterion:
+    """The metric may not fall below the threshold."""
+    return Criterion(name, metric, threshold, above=True)
+
+
+def at_most(name: str, metric: Metric, threshold: float) -> Criterion:
+    """The metric may not rise above the threshold."""
+    return Criterion(name, metric, threshold, above=False)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A criterion, and what two models made of it."""
+
+    criterion: str
+    before: float
+    after: float
+    kept: bool
+
+
+def measure(
+    criteria: Sequence[Criterion], apply: Apply, variables: Any, batch: Any
+) -> dict[str, float]:
+    """The value of every criterion's metric.
+
+    Args:
+      criteria: what to measure.
+      apply: the function under test.
+      variables: its variables.
+      batch: the batch to measure on, passed on to the metrics.
+
+    Returns:
+      Value per criterion's name.
+    """
+    values = jax.jit(lambda v, b: [c.metric(apply, v, b) for c in criteria])(variables, batch)
+    return {c.name: float(value) for c, value in zip(criteria, values, strict=True)}
+
+
+def check_dense(criteria: Sequence[Criterion], before: dict[str, float]) -> None:
+    """Refuse criteria that the dense model fails.
+
+    Raises:
+      CriterionError: says which and by how much.
+    """
+    failed = [c for c in criteria if not c.margin(np.asarray(before[c.name])) >= 0]
+    if failed:
+        raise CriterionError(
+            "compress: the dense model already fails "
+            + "; ".join(
+                f"`{c}` (it has {before[c.name]:.6g}, short by {abs(before[c.name] - c.threshold):.3g})"
+                for c in failed
+            )
+            + ". Expected criteria that the dense model meets on the held-out batch. Train it further, "
+            "relax the threshold, or pass allow_failing=True to try all the same."
+        )

@@ -1,0 +1,29 @@
+"""Errors of the library: each says what was found, what was expected and what to do."""
+
+
+class CompawareError(ValueError):
+    """Base class: catch it to catch everything this library refuses."""
+
+
+class TraceError(CompawareError):
+    """The function or its variables cannot be analysed."""
+
+
+class UnknownPrimitiveError(CompawareError):
+    """A primitive without a rule was met in strict mode."""
+
+
+class PlanError(CompawareError):
+    """A plan does not fit the tree or the function it is applied to."""
+
+
+class BudgetError(CompawareError):
+    """A budget is malformed or cannot be reached."""
+
+
+class CriterionError(CompawareError):
+    """A criterion is malformed, or the dense model already fails it."""
+
+
+class CheckpointError(CompawareError):
+    """A checkpoint is corrupt or belongs to another job."""

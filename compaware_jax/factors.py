@@ -1,0 +1,201 @@
+"""Atoms and factors: who lives and dies together inside one value.
+
+Every index of every tracked axis carries an *atom*. A *factor* says, for a tuple of axes of a value,
+which atom each position along those axes depends on; the position is dead when its atom is removed.
+Atoms are plain integers handed out by a `Ledger`, which also collects the equalities between them;
+they are solved once, at the end, by connected components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """Atoms of a value along some of its axes.
+
+    Attributes:
+      axes: the axes, ascending; an axis is in at most one factor of a value.
+      ids: integer atoms, one dimension per axis, of the value's sizes.
+      zero: whether dead positions are exactly zero in the masked network.
+    """
+
+    axes: tuple[int, ...]
+    ids: np.ndarray
+    zero: bool
+
+    def moved(self, axis_map: dict[int, int]) -> Factor:
+        """The same factor with its axes renamed (and the array transposed to keep them ascending)."""
+        axes = tuple(axis_map[a] for a in self.axes)
+        order = np.argsort(axes)
+        return Factor(tuple(axes[i] for i in order), self.ids.transpose(order), self.zero)
+
+
+Factors = tuple[Factor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Tracked:
+    """What a coupling rule sees of a value: its shape, its factors, its value where uniform.
+
+    Attributes:
+      shape: the full (unpruned) shape.
+      factors: see `Factor`.
+      uniform: the number that every element equals, where the trace shows it; else None.
+    """
+
+    shape: tuple[int, ...]
+    factors: Factors = ()
+    uniform: float | None = None
+
+    def factor_of(self, axis: int) -> Factor | None:
+        """The factor that covers an axis, if any."""
+        return next((f for f in self.factors if axis in f.axes), None)
+
+
+@dataclass(eq=False)
+class Ledger:
+    """Hands out atoms and collects what is known about them (the only mutable state of an analysis)."""
+
+    size: int = 0
+    _edges: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    _fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    _inexact: list[tuple[np.ndarray, str]] = field(default_factory=list)
+    _flags: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+    def fresh(self, *shape: int) -> np.ndarray:
+        """New atoms, of the given shape."""
+        start, self.size = self.size, self.size + int(np.prod(shape))
+        if self.size > len(self._flags):
+            self._flags = np.concatenate([self._flags, np.zeros(self.size, bool)])
+        return np.arange(start, self.size).reshape(shape)
+
+    def fix(self, ids: np.ndarray, reason: str) -> None:
+        """Say that atoms never leave, and why."""
+        flat = np.unique(ids)
+        self._flags[flat] = True
+        self._fixed.append((flat, reason))
+
+    def fresh_fixed(self, *shape: int, reason: str) -> np.ndarray:
+        """New atoms that never leave."""
+        ids = self.fresh(*shape)
+        self.fix(ids, reason)
+        return ids
+
+    def all_fixed(self, ids: np.ndarray) -> bool:
+        """Whether every one of these atoms has been fixed directly (equalities are not followed)."""
+        return bool(self._flags[ids].all())
+
+    def mark_inexact(self, ids: np.ndarray, reason: str) -> None:
+        """Say that removing these atoms is not what masking them does (0/0, 1/0), and why."""
+        self._inexact.append((np.unique(ids), reason))
+
+    def equate(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Say that atoms leave together, position by position (arrays broadcast)."""
+        a, b = np.broadcast_arrays(a, b)
+        differs = a != b
+        if differs.any():
+            self._edges.append((a[differs], b[differs]))
+
+    def collapse(self, factor: Factor, axes: Sequence[int]) -> Factor:
+        """Make a factor depend on `axes` only, uniting its atoms along its other axes."""
+        for position, axis in reversed(list(enumerate(factor.axes))):
+            if axis not in axes:
+                first = np.take(factor.ids, [0], axis=position)
+                self.equate(factor.ids, first)
+                factor = replace(
+                    factor,
+                    axes=tuple(a for a in factor.axes if a != axis),
+                    ids=np.take(first, 0, axis=position),
+                )
+        return factor
+
+    def solve(self) -> Solution:
+        """Classes of atoms under the equalities collected so far."""
+        if self._edges:
+            a = np.concatenate([edge[0] for edge in self._edges])
+            b = np.concatenate([edge[1] for edge in self._edges])
+        else:
+            a = b = np.zeros(0, int)
+        graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(self.size, self.size))
+        count, labels = connected_components(graph, directed=False)
+        return Solution(
+            labels=labels,
+            count=count,
+            fixed=_first_reasons(self._fixed, labels),
+            inexact=_first_reasons(self._inexact, labels),
+        )
+
+
+def _first_reasons(marks: list[tuple[np.ndarray, str]], labels: np.ndarray) -> dict[int, str]:
+    reasons: dict[int, str] = {}
+    for ids, reason in reversed(marks):
+        reasons.update(dict.fromkeys(np.unique(labels[ids]).tolist(), reason))
+    return reasons
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Classes of atoms: `labels[atom]` in [0, count); reasons of the fixed and the inexact classes."""
+
+    labels: np.ndarray
+    count: int
+    fixed: dict[int, str]
+    inexact: dict[int, str]
+
+    def free(self) -> np.ndarray:
+        """Boolean array over classes: which ones are not fixed."""
+        free = np.ones(self.count, bool)
+        free[list(self.fixed)] = False
+        return free
+
+
+def combine(
+    ledger: Ledger, operands: Sequence[Factors]
+) -> list[tuple[tuple[int, ...], np.ndarray, list[bool | None]]]:
+    """Equate the factors of several operands that share their axes.
+
+    Factors that overlap without spanning the same axes are collapsed onto the axes they share.
+
+    Returns:
+      A list of (axes, ids, zero), where zero holds each operand's zero flag, or None where the operand
+      has no factor on these axes.
+    """
+    pool = [[index, factor] for index, factors in enumerate(operands) for factor in factors]
+    changed = True
+    while changed:
+        changed = False
+        for left in pool:
+            for right in pool:
+                shared = set(left[1].axes) & set(right[1].axes)
+                if shared and left[1].axes != right[1].axes:
+                    left[1] = ledger.collapse(left[1], sorted(shared))
+                    right[1] = ledger.collapse(right[1], sorted(shared))
+                    changed = True
+    merged: dict[tuple[int, ...], tuple[np.ndarray, list[bool | None]]] = {}
+    for index, factor in pool:
+        if factor.axes not in merged:
+            merged[factor.axes] = (factor.ids, [None] * len(operands))
+        ids, zero = merged[factor.axes]
+        ledger.equate(ids, factor.ids)
+        zero[index] = factor.zero
+    return [(axes, ids, zero) for axes, (ids, zero) in merged.items()]
+
+
+def minimal(axes: Sequence[int], ids: np.ndarray, zero: bool) -> Factor:
+    """A factor over `axes` without the axes along which it is constant (at least one is kept)."""
+    keep = [
+        position
+        for position in range(ids.ndim)
+        if ids.shape[position] > 1 and (ids != np.take(ids, [0], axis=position)).any()
+    ]
+    if not keep:
+        keep = [int(np.argmax(ids.shape))]
+    index = tuple(slice(None) if p in keep else 0 for p in range(ids.ndim))
+    return Factor(tuple(axes[p] for p in keep), ids[index], zero)

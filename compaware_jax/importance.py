@@ -1,0 +1,149 @@
+"""Importance of units: what their removal costs, by magnitude, by gradient, or by the criterion itself.
+
+Every function returns scores over units, shape (units,): the higher, the more the unit matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compaware_jax.groups import Groups
+from compaware_jax.masks import apply_mask
+
+
+def unit_sum(groups: Groups, tree: Any) -> jax.Array:
+    """Sum over everything that a unit holds (an element under two of its axes counts twice).
+
+    Args:
+      groups: what can leave.
+      tree: a pytree like the variables.
+
+    Returns:
+      The sums, shape (units,).
+    """
+    total = jnp.zeros(groups.units + 1)
+    for leaf, axes in zip(jax.tree.leaves(tree), groups.units_of, strict=True):
+        for axis, units in enumerate(axes):
+            if (units >= 0).any():
+                along = leaf.sum(tuple(a for a in range(leaf.ndim) if a != axis))
+                total = total.at[np.where(units < 0, groups.units, units)].add(along)
+    return total[:-1]
+
+
+def ranks(groups: Groups, scores: jax.Array) -> jax.Array:
+    """Rank of each unit in its group by falling score, from 0, shape (units,); ties by position."""
+    order = jnp.lexsort((-jnp.asarray(scores), groups.group_of_unit))
+    offsets = np.concatenate([[0], np.cumsum(groups.sizes)[:-1]])
+    within = np.arange(groups.units) - offsets[groups.group_of_unit]
+    return jnp.zeros(groups.units, int).at[order].set(within)
+
+
+def l1(groups: Groups, variables: Any) -> jax.Array:
+    """Sum of the absolute values of a unit's weights, shape (units,)."""
+    return unit_sum(groups, jax.tree.map(jnp.abs, variables))
+
+
+def l2(groups: Groups, variables: Any) -> jax.Array:
+    """Euclidean norm of a unit's weights, shape (units,).
+
+    References:
+      Li et al., Pruning Filters for Efficient ConvNets, arXiv 1608.08710 (the L1 form), over whole
+      coupled units as in Fang et al., DepGraph, arXiv 2301.12900.
+    """
+    return jnp.sqrt(unit_sum(groups, jax.tree.map(jnp.square, variables)))
+
+
+def random(groups: Groups, key: jax.Array) -> jax.Array:
+    """Uniform random scores, the control, shape (units,)."""
+    return jax.random.uniform(key, (groups.units,))
+
+
+def taylor(groups: Groups, variables: Any, gradients: Any) -> jax.Array:
+    """First-order Taylor: ``|sum of weight * gradient|`` over a unit, shape (units,).
+
+    Args:
+      groups: what can leave.
+      variables: the weights.
+      gradients: the loss gradients at them, a pytree like the variables.
+
+    References:
+      Molchanov et al., Importance Estimation for Neural Network Pruning, arXiv 1906.10771.
+    """
+    products = jax.tree.map(lambda w, g: w * g, variables, gradients)
+    return jnp.abs(unit_sum(groups, products))
+
+
+def gradient_sensitivity(
+    groups: Groups, metric: Callable[[Any], jax.Array], variables: Any
+) -> jax.Array:
+    """How fast a metric changes with each unit's gate at one: ``|d metric / d gate|``.
+
+    Args:
+      groups: what can leave.
+      metric: ``variables -> scalar``, differentiable.
+      variables: where to take the gradient.
+
+    Returns:
+      Shape (units,), in the metric's unit.
+    """
+    gates = jnp.ones(groups.units)
+    return jnp.abs(jax.grad(lambda g: metric(apply_mask(groups, g, variables)))(gates))
+
+
+def ablation(
+    groups: Groups, metric: Callable[[Any], jax.Array], variables: Any, *, at_once: int = 16
+) -> jax.Array:
+    """How much a metric falls when each unit alone is removed: ``metric(all) - metric(without it)``.
+
+    One compiled pass, vmapped over `at_once` units at a time.
+
+    Args:
+      groups: what can leave.
+      metric: ``variables -> scalar``; need not be differentiable.
+      variables: the weights.
+      at_once: how many masked copies of the variables are held at the same time.
+
+    Returns:
+      Shape (units,), in the metric's unit; negative where the metric rises.
+    """
+    gates = jnp.ones(groups.units)
+
+    def without(unit: jax.Array) -> jax.Array:
+        return metric(apply_mask(groups, gates.at[unit].set(0.0), variables))
+
+    values = jax.lax.map(without, jnp.arange(groups.units), batch_size=at_once)
+    return metric(variables) - values
+
+
+def group_ablation(
+    groups: Groups,
+    metric: Callable[[Any], jax.Array],
+    variables: Any,
+    scores: jax.Array,
+    *,
+    share: float = 0.5,
+) -> jax.Array:
+    """How much a metric falls when each group alone gives up a share of its units.
+
+    Args:
+      groups: what can leave.
+      metric: ``variables -> scalar``.
+      variables: the weights.
+      scores: which units go first (the lowest), shape (units,).
+      share: of each group's units, in (0, 1).
+
+    Returns:
+      Shape (groups,), in the metric's unit: the group's sensitivity.
+    """
+    stays = ranks(groups, scores) < jnp.ceil((1 - share) * groups.sizes)[groups.group_of_unit]
+
+    def weakened(group: jax.Array) -> jax.Array:
+        gates = jnp.where(groups.group_of_unit == group, stays, True).astype(float)
+        return metric(apply_mask(groups, gates, variables))
+
+    return metric(variables) - jax.lax.map(weakened, jnp.arange(len(groups.groups)), batch_size=4)

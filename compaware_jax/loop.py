@@ -1,0 +1,164 @@
+"""The one training loop: compiled chunks of steps, progress, history, checkpoints, resumption."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from tqdm import tqdm
+
+from compaware_jax.errors import CheckpointError
+
+Step = Callable[[Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
+"""``(state, index) -> (state, info)``, pure; the index is the only data position."""
+
+
+def run_steps(
+    step: Step,
+    state: Any,
+    steps: int,
+    *,
+    label: str,
+    chunk: int = 100,
+    directory: str | os.PathLike[str] | None = None,
+    job: Mapping[str, Any] | None = None,
+    every: int = 5,
+    progress: bool = True,
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """Run a pure step function for a number of steps, in compiled chunks.
+
+    Interrupted by Ctrl-C, the last finished chunk is saved. Killed at any moment and started again
+    with the same arguments, it ends in the same state, bit for bit, as an undisturbed run.
+
+    Args:
+      step: ``(state, index) -> (state, info)``; info is a dict of arrays.
+      state: a pytree of arrays.
+      steps: how many steps in all, those done before an interruption included.
+      label: what the progress bar says.
+      chunk: steps per compiled call.
+      directory: where checkpoints go; None for none.
+      job: what identifies the run (JSON values); a checkpoint of another job is refused.
+      every: chunks between checkpoints.
+      progress: show a progress bar.
+
+    Returns:
+      The final state, and per info entry its mean over each chunk, shape (chunks, ...).
+
+    Raises:
+      CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
+    """
+    chunks = -(-steps // chunk)
+
+    compiled = jax.jit(_chunk_runner(step), static_argnames="length")
+    shapes = jax.eval_shape(lambda s: step(s, jnp.zeros((), jnp.int32))[1], state)
+    history = {
+        name: np.full((chunks, *info.shape), np.nan, np.float64) for name, info in shapes.items()
+    }
+    store = None if directory is None else _Store(Path(directory), dict(job or {}))
+    done = 0
+    try:
+        if store is not None:
+            done, state, history = store.restore(state, history)
+        with tqdm(
+            total=steps, initial=min(done * chunk, steps), desc=label, disable=not progress
+        ) as bar:
+            try:
+                while done < chunks:
+                    start = done * chunk
+                    length = min(chunk, steps - start)
+                    state, info = compiled(state, jnp.int32(start), length=length)
+                    for name, value in jax.device_get(info).items():
+                        history[name][done] = value
+                    done += 1
+                    bar.update(length)
+                    bar.set_postfix(
+                        {n: f"{h[done - 1]:.4g}" for n, h in history.items() if h.ndim == 1}
+                    )
+                    if store is not None and (done % every == 0 or done == chunks):
+                        store.save(done, state, history)
+            except KeyboardInterrupt:
+                if store is not None and done:
+                    store.save(done, state, history)
+                raise
+    finally:
+        if store is not None:
+            store.close()
+    return state, history
+
+
+def _chunk_runner(step: Step) -> Callable[..., tuple[Any, Any]]:
+    def run(state: Any, start: jax.Array, *, length: int) -> tuple[Any, Any]:
+        state, infos = jax.lax.scan(step, state, start + jnp.arange(length, dtype=jnp.int32))
+        return state, jax.tree.map(lambda x: x.astype(float).mean(0), infos)
+
+    return run
+
+
+class _Store:
+    """Checkpoints of one run in one directory."""
+
+    def __init__(self, directory: Path, job: dict[str, Any]):
+        self.directory = directory.absolute()
+        self.job = job
+        self.manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False),
+        )
+
+    def restore(self, state: Any, history: Any) -> tuple[int, Any, Any]:
+        done = self.manager.latest_step()
+        if done is None:
+            return 0, state, history
+        try:
+            meta = self.manager.restore(done, args=ocp.args.Composite(job=ocp.args.JsonRestore()))
+        except Exception as error:
+            raise self.corrupt(done, error) from error
+        if meta.job != self.job:
+            names = sorted(set(meta.job) | set(self.job))
+            differ = {
+                name: (meta.job.get(name), self.job.get(name))
+                for name in names
+                if meta.job.get(name) != self.job.get(name)
+            }
+            raise CheckpointError(
+                f"run_steps: {self.directory} holds a checkpoint of another job; (found, expected) "
+                f"differ in {differ}. Nothing was changed. Choose another directory, or delete this one "
+                "to start anew."
+            )
+        target = {"state": state, "history": history}
+        try:
+            found = self.manager.restore(
+                done, args=ocp.args.Composite(run=ocp.args.StandardRestore(target))
+            ).run
+        except Exception as error:
+            raise self.corrupt(done, error) from error
+        history = jax.tree.map(np.array, found["history"])
+        return int(done), found["state"], history
+
+    def corrupt(self, done: int, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"run_steps: the checkpoint {self.directory / str(done)} cannot be read "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Nothing was "
+            "changed. Delete that folder to go on from the checkpoint before it, or the whole directory "
+            "to start anew."
+        )
+
+    def save(self, done: int, state: Any, history: Any) -> None:
+        if self.manager.latest_step() == done:
+            return
+        self.manager.save(
+            done,
+            args=ocp.args.Composite(
+                run=ocp.args.StandardSave({"state": state, "history": history}),
+                job=ocp.args.JsonSave(self.job),
+            ),
+        )
+
+    def close(self) -> None:
+        self.manager.close()

@@ -1,0 +1,62 @@
+"""Masks: gates over units as a pytree like the variables, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compaware_jax.groups import Groups
+
+
+def mask(groups: Groups, gates: jax.Array, variables: Any) -> Any:
+    """The mask of gates: each leaf the outer product of its axes' gates.
+
+    Args:
+      groups: what can leave.
+      gates: one value in [0, 1] per unit, shape (units,); soft or hard.
+      variables: the pytree whose structure the mask takes; only its structure is used.
+
+    Returns:
+      A pytree like `variables`; axes that no unit reaches have size 1 in it, so it broadcasts.
+    """
+    leaves = [_outer(axes, gates) for axes in groups.units_of]
+    return jax.tree.unflatten(jax.tree.structure(variables), leaves)
+
+
+def apply_mask(groups: Groups, gates: jax.Array, variables: Any) -> Any:
+    """``mask(gates) * variables``, differentiable in both.
+
+    Args:
+      groups: what can leave.
+      gates: shape (units,).
+      variables: the pytree that the groups were found for.
+
+    Returns:
+      A pytree like `variables`, of the same shapes and dtypes.
+    """
+    return jax.tree.map(
+        lambda leaf, factor: (leaf * factor).astype(leaf.dtype),
+        variables,
+        mask(groups, gates, variables),
+    )
+
+
+def _outer(axes: tuple[np.ndarray, ...], gates: jax.Array) -> jax.Array:
+    padded = jnp.append(gates, jnp.ones((), gates.dtype))
+    result = jnp.ones((1,) * len(axes), gates.dtype)
+    for axis, units in enumerate(axes):
+        if (units >= 0).any():
+            shape = [1] * len(axes)
+            shape[axis] = len(units)
+            result = result * padded[units].reshape(shape)
+    return result
+
+
+def group_counts(groups: Groups, gates: jax.Array) -> jax.Array:
+    """Soft count of kept units per group: the sum of its gates, shape (groups,)."""
+    return jax.ops.segment_sum(
+        gates, groups.group_of_unit, len(groups.groups), indices_are_sorted=True
+    )

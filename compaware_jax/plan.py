@@ -1,0 +1,170 @@
+"""Plans: what is kept, as indices per leaf axis. Static, hashable, JSON, tied to one model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compaware_jax.errors import PlanError
+from compaware_jax.groups import Groups, Leaf, fingerprint
+
+Indices = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is kept of a model.
+
+    Attributes:
+      leaves: all leaves of the model, in tree order, at their full shapes.
+      kept: per leaf and axis the kept indices, ascending, or None where the axis stays whole.
+      counts: per group its name, the units kept and the units there were.
+      released: tree paths of outputs that come out cut.
+    """
+
+    leaves: tuple[Leaf, ...]
+    kept: tuple[tuple[Indices | None, ...], ...]
+    counts: tuple[tuple[str, int, int], ...]
+    released: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the full model's leaves: the model that the plan is for."""
+        return fingerprint(self.leaves)
+
+    def small_shape(self, leaf: int) -> tuple[int, ...]:
+        """The shape of a leaf (by position) after surgery."""
+        return tuple(
+            size if index is None else len(index)
+            for size, index in zip(self.leaves[leaf].shape, self.kept[leaf], strict=True)
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements left in all leaves."""
+        return sum(int(np.prod(self.small_shape(i))) for i in range(len(self.leaves)))
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(
+            {
+                "format": "compaware_jax plan 1",
+                "fingerprint": self.fingerprint,
+                "counts": [list(count) for count in self.counts],
+                "released": self.released,
+                "leaves": [
+                    {"path": leaf.path, "shape": leaf.shape, "dtype": leaf.dtype, "kept": kept}
+                    for leaf, kept in zip(self.leaves, self.kept, strict=True)
+                ],
+            },
+            indent=1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan written by `to_json`.
+
+        Raises:
+          PlanError: the text is not such a plan, or was altered.
+        """
+        try:
+            data = json.loads(text)
+            leaves = tuple(
+                Leaf(entry["path"], tuple(entry["shape"]), entry["dtype"])
+                for entry in data["leaves"]
+            )
+            kept = tuple(
+                tuple(None if index is None else tuple(index) for index in entry["kept"])
+                for entry in data["leaves"]
+            )
+            counts = tuple((str(n), int(k), int(u)) for n, k, u in data["counts"])
+            released = tuple(map(str, data["released"]))
+            stated = data["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanError(
+                f"Plan.from_json: not a plan ({type(error).__name__}: {error}). Expected the text that "
+                "Plan.to_json writes."
+            ) from error
+        plan = cls(leaves, kept, counts, released)
+        if plan.fingerprint != stated:
+            raise PlanError(
+                f"Plan.from_json: the leaves hash to {plan.fingerprint}, the plan states {stated}. The "
+                "file was altered; write it again with Plan.to_json."
+            )
+        for leaf, axes in zip(leaves, kept, strict=True):
+            _check_indices(leaf, axes)
+        return plan
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as a JSON file."""
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan from a JSON file; see `from_json`."""
+        return cls.from_json(Path(path).read_text())
+
+
+def _check_indices(leaf: Leaf, axes: Sequence[Indices | None]) -> None:
+    if len(axes) != len(leaf.shape):
+        raise PlanError(
+            f"Plan: `{leaf.path}` has {len(leaf.shape)} axes, the plan lists {len(axes)}."
+        )
+    for axis, (size, index) in enumerate(zip(leaf.shape, axes, strict=True)):
+        if index is None:
+            continue
+        array = np.asarray(index)
+        if len(array) == 0 or array[0] < 0 or array[-1] >= size or (np.diff(array) <= 0).any():
+            raise PlanError(
+                f"Plan: kept indices of `{leaf.path}` axis {axis} are not ascending indices in "
+                f"[0, {size}), at least one of them."
+            )
+
+
+def plan_units(groups: Groups, keep: Any) -> Plan:
+    """The plan that keeps the given units.
+
+    Args:
+      groups: what can leave.
+      keep: boolean array over units.
+
+    Returns:
+      The plan.
+
+    Raises:
+      PlanError: `keep` has another shape, or leaves nothing of a group or of a guarded set.
+    """
+    keep = np.asarray(keep, bool)
+    if keep.shape != (groups.units,):
+        raise PlanError(
+            f"plan_units: keep has shape {keep.shape}, expected one flag per unit, ({groups.units},)."
+        )
+    for group in groups.groups:
+        if not keep[group.slice].any():
+            raise PlanError(
+                f"plan_units: nothing of the group `{group.name}` ({group.units} units) is kept. "
+                "Keep at least one of its units."
+            )
+    for units in groups.guarded:
+        if not keep[units].any():
+            raise PlanError(
+                f"plan_units: units {units.tolist()[:8]} make up a whole axis of an intermediate value "
+                "and none of them is kept. Keep at least one."
+            )
+    # Fixed indices carry unit -1: the flag behind the last unit.
+    flags = np.append(keep, True)
+    kept = tuple(
+        tuple(
+            None if flags[units].all() else tuple(np.flatnonzero(flags[units]).tolist())
+            for units in axes
+        )
+        for axes in groups.units_of
+    )
+    counts = tuple((g.name, int(keep[g.slice].sum()), g.units) for g in groups.groups)
+    return Plan(groups.leaves, kept, counts, groups.released)

@@ -1,0 +1,239 @@
+"""Coupling analysis: one pass over a program, then one solution of what leaves together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import jax
+import numpy as np
+
+from compaware_jax.errors import UnknownPrimitiveError
+from compaware_jax.factors import Factor, Factors, Ledger, Solution, Tracked
+from compaware_jax.rules import RULES, Kept
+from compaware_jax.trace import Block, Equation, Program
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What leaves together in a program.
+
+    Attributes:
+      program: the program analysed.
+      factors: per value id its factors (their atoms index `solution.labels`).
+      solution: classes of atoms; joint factors are rectangles under it.
+      unknown: where primitives without a rule were met.
+    """
+
+    program: Program
+    factors: Mapping[int, Factors]
+    solution: Solution
+    unknown: tuple[str, ...]
+    _labels: dict[int, tuple[np.ndarray | None, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def free(self) -> np.ndarray:
+        """Boolean array over classes: which ones may leave."""
+        return self.solution.free()
+
+    def labels(self, value: int) -> tuple[np.ndarray | None, ...]:
+        """Per axis of a value the class of each index (-1: fixed), or None where nothing is tracked."""
+        if value not in self._labels:
+            result: list[np.ndarray | None] = [None] * len(self.program.avals[value].shape)
+            for factor in self.factors.get(value, ()):
+                labels = self._open(factor.ids)
+                varying = [p for p in range(labels.ndim) if _varies(labels, p)]
+                position = varying[0] if varying else labels.ndim - 1
+                index = tuple(slice(None) if p == position else 0 for p in range(labels.ndim))
+                result[factor.axes[position]] = labels[index]
+            self._labels[value] = tuple(result)
+        return self._labels[value]
+
+    def zero(self, value: int) -> tuple[bool, ...]:
+        """Per axis of a value whether dead positions are zero in the masked network."""
+        result = [True] * len(self.program.avals[value].shape)
+        for factor in self.factors.get(value, ()):
+            for axis in factor.axes:
+                result[axis] = factor.zero
+        return tuple(result)
+
+    def kept(self, value: int, alive: np.ndarray) -> Kept:
+        """Per axis the indices whose class is alive, or None where all are.
+
+        Args:
+          value: a value id.
+          alive: boolean array over classes; fixed classes count as alive.
+        """
+        result = []
+        for labels in self.labels(value):
+            index = None
+            if labels is not None:
+                alive_here = (labels < 0) | alive[labels]
+                index = None if alive_here.all() else np.flatnonzero(alive_here)
+            result.append(index)
+        return tuple(result)
+
+    def _open(self, ids: np.ndarray) -> np.ndarray:
+        labels = self.solution.labels[ids]
+        return np.where(self.free[labels], labels, -1)
+
+
+def _varies(labels: np.ndarray, position: int) -> bool:
+    return bool((labels != np.take(labels, [0], axis=position)).any())
+
+
+def analyse(program: Program, *, released: Sequence[int] = (), strict: bool = False) -> Analysis:
+    """Find what leaves together in a traced function.
+
+    Args:
+      program: the traced function; its leaves get atoms, its other inputs are fixed.
+      released: positions of outputs whose axes may be cut; all others are fixed.
+      strict: raise at a primitive without a rule instead of fixing what reaches it.
+
+    Raises:
+      UnknownPrimitiveError: in strict mode, at a primitive without a rule.
+    """
+    ledger = Ledger()
+    avals = program.avals
+    inputs = [_leaf(ledger, avals[v].shape) for v in program.leaf_values]
+    for name, value in zip(program.arguments, program.argument_values, strict=True):
+        inputs.append(_data(ledger, avals[value].shape, f"data input `{name}`"))
+    propagation = _Propagation(ledger, program.constants, strict)
+    outputs = propagation.block(program.block, inputs)
+    for position, (path, output) in enumerate(zip(program.output_paths, outputs, strict=True)):
+        if position not in released:
+            for factor in output.factors:
+                ledger.fix(factor.ids, f"output `{path}`" if path else "output of the function")
+    return propagation.close(program)
+
+
+def analyse_seeded(program: Program, inputs: Sequence[Tracked], atoms: int) -> Analysis:
+    """Analyse a program whose inputs already carry atoms (integers below `atoms`); nothing is fixed."""
+    propagation = _Propagation(Ledger(), program.constants, strict=False)
+    propagation.ledger.fresh(atoms)
+    propagation.block(program.block, inputs)
+    return propagation.close(program)
+
+
+def work_axes(program: Program) -> list[list[tuple[int, int]]]:
+    """Per contraction or convolution the (value id, axis) whose sizes multiply to its multiply-adds."""
+
+    def walk(block: Block) -> Iterator[list[tuple[int, int]]]:
+        for eqn in block.equations:
+            rule = RULES.get(eqn.primitive)
+            if rule is not None and rule.work is not None:
+                yield rule.work(eqn)
+            if eqn.body is not None:
+                yield from walk(eqn.body)
+
+    return list(walk(program.block))
+
+
+def _leaf(ledger: Ledger, shape: tuple[int, ...]) -> Tracked:
+    # Size-1 axes are never tracked: a learned scale of shape (1,) would unite everything.
+    return Tracked(
+        shape, tuple(Factor((a,), ledger.fresh(n), True) for a, n in enumerate(shape) if n > 1)
+    )
+
+
+def _data(ledger: Ledger, shape: tuple[int, ...], what: str) -> Tracked:
+    return Tracked(
+        shape,
+        tuple(
+            Factor((a,), ledger.fresh_fixed(n, reason=what), True)
+            for a, n in enumerate(shape)
+            if n > 1
+        ),
+    )
+
+
+@dataclass(eq=False)
+class _Propagation:
+    ledger: Ledger
+    constants: Mapping[int, object]
+    strict: bool
+    values: dict[int, Tracked] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+    def block(self, block: Block, inputs: Sequence[Tracked]) -> list[Tracked]:
+        self.values.update(zip(block.inputs, inputs, strict=True))
+        for eqn in block.equations:
+            results = self.equation(eqn, [self.read(v) for v in eqn.inputs])
+            self.values.update(zip(eqn.outputs, results, strict=True))
+        return [self.read(v) for v in block.outputs]
+
+    def read(self, value: int) -> Tracked:
+        if value not in self.values:
+            constant = self.constants[value]
+            uniform = None
+            if not isinstance(constant, jax.core.Tracer) and np.shape(constant) == ():
+                number = np.asarray(constant) if _is_number(constant) else None
+                uniform = None if number is None else float(number.real)
+            self.values[value] = Tracked(np.shape(constant), (), uniform)
+        return self.values[value]
+
+    def equation(self, eqn: Equation, inputs: list[Tracked]) -> list[Tracked]:
+        if eqn.primitive in RULES:
+            return RULES[eqn.primitive].couple(self.ledger, eqn, inputs)
+        if eqn.body is not None:
+            return self.block(eqn.body, inputs)
+        if not any(x.factors for x in inputs):
+            return [Tracked(shape) for shape in eqn.out_shapes]
+        if self.strict:
+            raise UnknownPrimitiveError(
+                f"find_groups: no rule for {eqn.where}. Expected only primitives with a rule, because "
+                "strict=True. Register one with compaware_jax.register_rule(primitive, couple, slim), "
+                "or pass strict=False to keep whole whatever reaches it."
+            )
+        self.unknown.append(eqn.where)
+        reason = f"reaches {eqn.where}, which has no rule (see compaware_jax.register_rule)"
+        for x in inputs:
+            for factor in x.factors:
+                self.ledger.fix(factor.ids, reason)
+        return [_data(self.ledger, shape, reason) for shape in eqn.out_shapes]
+
+    def close(self, program: Program) -> Analysis:
+        factors = {value: x.factors for value, x in self.values.items()}
+        joint = [f for fs in factors.values() for f in fs if len(f.axes) > 1]
+        return Analysis(program, factors, _solve(self.ledger, joint), tuple(self.unknown))
+
+
+def _is_number(constant: object) -> bool:
+    return np.issubdtype(getattr(constant, "dtype", type(constant)), np.number) or isinstance(
+        constant, (bool, np.bool_)
+    )
+
+
+def _solve(ledger: Ledger, joint: Iterable[Factor]) -> Solution:
+    """Solve; then unite what a dense array cannot keep apart, until nothing changes.
+
+    A dense array keeps a rectangle: a joint factor has to depend on one of its axes only. The axis that
+    leaves most units stays.
+    """
+    joint = list(joint)
+    while True:
+        solution = ledger.solve()
+        free = solution.free()
+        changed = False
+        for factor in joint:
+            labels = solution.labels[factor.ids]
+            labels = np.where(free[labels], labels, -1)
+            varying = [axis for p, axis in enumerate(factor.axes) if _varies(labels, p)]
+            if len(varying) > 1:
+                best = max(varying, key=lambda axis: _units_left(labels, factor.axes.index(axis)))
+                ledger.collapse(factor, [best])
+                changed = True
+        if not changed:
+            return solution
+
+
+def _units_left(labels: np.ndarray, position: int) -> int:
+    """How many units stay apart when labels are united along all axes but one."""
+    trial = Ledger()
+    names, ids = np.unique(labels, return_inverse=True)
+    trial.fresh(len(names))
+    trial.collapse(Factor(tuple(range(labels.ndim)), ids.reshape(labels.shape), True), [position])
+    solved = trial.solve()
+    fixed = solved.labels[names < 0]
+    return len(np.setdiff1d(solved.labels, fixed))

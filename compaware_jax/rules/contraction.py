@@ -1,0 +1,191 @@
+"""Contractions and convolutions: contracted axes leave together, free axes are passed on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.extend.core import primitives as p
+
+from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.rules.families import bind, take
+from compaware_jax.rules.registry import Kept, Small, register_rule
+from compaware_jax.trace import Equation
+
+
+# --- dot_general --------------------------------------------------------------------------------------
+
+
+def _roles(eqn: Equation) -> list[dict[int, tuple[str, int]]]:
+    """Per operand: axis to (role, position in that role); roles are batch, contract, free."""
+    contract, batch = eqn.params["dimension_numbers"]
+    result = []
+    for operand, shape in enumerate(eqn.in_shapes):
+        roles = {a: ("batch", i) for i, a in enumerate(batch[operand])}
+        roles |= {a: ("contract", i) for i, a in enumerate(contract[operand])}
+        free = [a for a in range(len(shape)) if a not in roles]
+        result.append(roles | {a: ("free", i) for i, a in enumerate(free)})
+    return result
+
+
+def _couple_dot(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    roles = _roles(eqn)
+    by_role: dict[str, list[list[Factor]]] = {
+        role: [[], []] for role in ("batch", "contract", "free")
+    }
+    for operand, x in enumerate(inputs):
+        for factor in x.factors:
+            present = [roles[operand][a][0] for a in factor.axes]
+            # A joint factor that straddles roles stays on the axes that both operands share.
+            role = next(r for r in ("batch", "contract", "free") if r in present)
+            axes = [a for a, r in zip(factor.axes, present, strict=True) if r == role]
+            factor = ledger.collapse(factor, axes)
+            moved = factor.moved({a: roles[operand][a][1] for a in factor.axes})
+            by_role[role][operand].append(moved)
+    combine(ledger, [tuple(fs) for fs in by_role["contract"]])
+    factors = [
+        Factor(axes, ids, any(flags))
+        for axes, ids, flags in combine(ledger, [tuple(fs) for fs in by_role["batch"]])
+    ]
+    offset = len(eqn.params["dimension_numbers"][1][0])
+    for operand in (0, 1):
+        for factor in by_role["free"][operand]:
+            factors.append(factor.moved({a: a + offset for a in factor.axes}))
+        offset += sum(role == "free" for role, _ in roles[operand].values())
+    return [Tracked(eqn.out_shapes[0], tuple(factors))]
+
+
+def _slim_dot(
+    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
+) -> list[jax.Array] | None:
+    contract, batch = eqn.params["dimension_numbers"]
+    lhs, rhs = operands
+    arrays: list[jax.Array] = [lhs.array, rhs.array]
+    for left, right in zip(*batch, strict=True):
+        arrays = _intersect(arrays, lhs.kept[left], left, rhs.kept[right], right)
+    for left, right in zip(*contract, strict=True):
+        if not _vanishes(lhs, left, rhs, right):
+            return None
+        arrays = _intersect(arrays, lhs.kept[left], left, rhs.kept[right], right)
+    return bind(eqn, arrays)
+
+
+def _vanishes(lhs: Small, left: int, rhs: Small, right: int) -> bool:
+    """Whether what leaves a contracted pair of axes contributes zero to the contraction."""
+    pair = ((lhs, left), (rhs, right))
+    cut_axes = [(x, axis) for x, axis in pair if x.kept[axis] is not None]
+    return not cut_axes or any(x.zero[axis] for x, axis in cut_axes)
+
+
+def _intersect(
+    arrays: list[jax.Array], a: np.ndarray | None, left: int, b: np.ndarray | None, right: int
+) -> list[jax.Array]:
+    """Cut the whole one of two paired axes to what the other keeps."""
+    return [
+        _take_axis(arrays[0], left, b if a is None else None),
+        _take_axis(arrays[1], right, a if b is None else None),
+    ]
+
+
+def _take_axis(array: jax.Array, axis: int, index: np.ndarray | None) -> jax.Array:
+    return take(array, [index if a == axis else None for a in range(array.ndim)])
+
+
+def _work_dot(eqn: Equation) -> list[tuple[int, int]]:
+    roles = _roles(eqn)
+    left = [(eqn.inputs[0], a) for a in roles[0]]
+    return left + [(eqn.inputs[1], a) for a, (role, _) in roles[1].items() if role == "free"]
+
+
+register_rule(p.dot_general_p, _couple_dot, _slim_dot, _work_dot)
+
+
+# --- conv_general_dilated -----------------------------------------------------------------------------
+
+
+def _couple_conv(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    lhs, rhs = inputs
+    spec, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    out_shape = eqn.out_shapes[0]
+    (lhs_batch, lhs_feature, *_), (rhs_out, rhs_in, *_) = spec.lhs_spec, spec.rhs_spec
+    out_batch, out_feature, *out_spatial = spec.out_spec
+    factors = []
+
+    def single(x: Tracked, axis: int) -> Factor | None:
+        factor = x.factor_of(axis)
+        return None if factor is None else ledger.collapse(factor, [axis])
+
+    batch, feature = single(lhs, lhs_batch), single(lhs, lhs_feature)
+    kernel_in, kernel_out = single(rhs, rhs_in), single(rhs, rhs_out)
+    for x, features, what in (
+        (lhs, (lhs_batch, lhs_feature), "image"),
+        (rhs, (rhs_out, rhs_in), "kernel"),
+    ):
+        for factor in x.factors:
+            if not set(factor.axes) & set(features):
+                ledger.fix(factor.ids, f"spatial axis of the {what} of {eqn.where}")
+    if eqn.params["batch_group_count"] > 1:
+        for factor in (batch, feature, kernel_in, kernel_out):
+            if factor is not None:
+                ledger.fix(factor.ids, f"batch_group_count > 1 in {eqn.where}")
+        batch = feature = kernel_out = None
+    elif groups == 1:
+        if feature is not None and kernel_in is not None:
+            ledger.equate(feature.ids, kernel_in.ids)
+    else:
+        # A feature group leaves whole: its inputs, its filters and its outputs.
+        if kernel_in is not None:
+            ledger.fix(kernel_in.ids, f"input axis of the grouped kernel of {eqn.where}")
+        whole = ledger.fresh(groups, 1)
+        for factor in (feature, kernel_out):
+            if factor is not None:
+                ledger.equate(factor.ids.reshape(groups, -1), whole)
+        if kernel_out is None and feature is not None:
+            ids = np.repeat(whole, out_shape[out_feature] // groups)
+            kernel_out = Factor((rhs_out,), ids, feature.zero)
+    if batch is not None:
+        factors.append(batch.moved({lhs_batch: out_batch}))
+    if kernel_out is not None:
+        factors.append(kernel_out.moved({rhs_out: out_feature}))
+    for axis in out_spatial:
+        if out_shape[axis] > 1:
+            ids = ledger.fresh_fixed(out_shape[axis], reason=f"spatial axis of {eqn.where}")
+            factors.append(Factor((axis,), ids, True))
+    return [Tracked(out_shape, tuple(factors))]
+
+
+def _slim_conv(
+    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
+) -> list[jax.Array] | None:
+    lhs, rhs = operands
+    spec, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    lhs_feature, rhs_out, rhs_in = spec.lhs_spec[1], spec.rhs_spec[0], spec.rhs_spec[1]
+    if groups == 1:
+        if not _vanishes(lhs, lhs_feature, rhs, rhs_in):
+            return None
+        a, b = lhs.kept[lhs_feature], rhs.kept[rhs_in]
+        return bind(eqn, _intersect([lhs.array, rhs.array], a, lhs_feature, b, rhs_in))
+    filters = kept[0][spec.out_spec[1]]
+    if filters is None:
+        return bind(eqn, [lhs.array, rhs.array])
+    inputs_per_group = eqn.in_shapes[0][lhs_feature] // groups
+    alive = np.unique(filters // (eqn.in_shapes[1][rhs_out] // groups))
+    inputs = (alive[:, None] * inputs_per_group + np.arange(inputs_per_group)).ravel()
+    image = (
+        lhs.array
+        if lhs.kept[lhs_feature] is not None
+        else _take_axis(lhs.array, lhs_feature, inputs)
+    )
+    kernel = rhs.array if rhs.kept[rhs_out] is not None else _take_axis(rhs.array, rhs_out, filters)
+    return bind(eqn, [image, kernel], feature_group_count=len(alive))
+
+
+def _work_conv(eqn: Equation) -> list[tuple[int, int]]:
+    spec = eqn.params["dimension_numbers"]
+    out = [(eqn.outputs[0], a) for a in range(len(eqn.out_shapes[0]))]
+    rhs_out = spec.rhs_spec[0]
+    return out + [(eqn.inputs[1], a) for a in range(len(eqn.in_shapes[1])) if a != rhs_out]
+
+
+register_rule(p.conv_general_dilated_p, _couple_conv, _slim_conv, _work_conv)

@@ -1,0 +1,69 @@
+"""Element-wise primitives: operands are tied index by index; what differs is when zeros stay zeros."""
+
+from jax.extend.core import primitives as p
+
+from compaware_jax.rules.families import elementwise
+
+# Functions with f(0) = 0, and what only moves bits about.
+ODD = (
+    p.neg_p, p.sign_p, p.abs_p, p.floor_p, p.ceil_p, p.round_p, p.square_p, p.sin_p, p.tan_p, p.tanh_p,
+    p.asin_p, p.atan_p, p.sinh_p, p.asinh_p, p.atanh_p, p.erf_p, p.erf_inv_p, p.expm1_p, p.log1p_p,
+    p.real_p, p.imag_p, p.conj_p, p.convert_element_type_p, p.reduce_precision_p, p.copy_p,
+    p.stop_gradient_p, p.name_p,
+)  # fmt: skip
+# Functions with f(0) != 0 that are finite there.
+SHIFTED = (
+    p.exp_p, p.exp2_p, p.cos_p, p.cosh_p, p.acos_p, p.logistic_p, p.erfc_p, p.not_p, p.is_finite_p,
+    p.eq_p, p.ne_p, p.ge_p, p.gt_p, p.le_p, p.lt_p, p.clamp_p, p.nextafter_p,
+)  # fmt: skip
+# Functions that are zero where all their operands are.
+JOINT = (p.add_p, p.sub_p, p.add_jaxvals_p, p.or_p, p.xor_p)
+
+for primitive in ODD:
+    elementwise(primitive, lambda eqn, zero, uniform: zero[0])
+for primitive in SHIFTED:
+    elementwise(primitive, lambda eqn, zero, uniform: False)
+for primitive in JOINT:
+    elementwise(
+        primitive,
+        lambda eqn, zero, uniform: all(z or u == 0 for z, u in zip(zero, uniform, strict=True)),
+    )
+for primitive in (p.mul_p, p.and_p):
+    elementwise(
+        primitive,
+        lambda eqn, zero, uniform: any(z or u == 0 for z, u in zip(zero, uniform, strict=True)),
+    )
+
+elementwise(
+    p.max_p,
+    lambda eqn, zero, uniform: (
+        all(z or (u is not None and u <= 0) for z, u in zip(zero, uniform, strict=True))
+        and any(z or u == 0 for z, u in zip(zero, uniform, strict=True))
+    ),
+)
+elementwise(
+    p.min_p,
+    lambda eqn, zero, uniform: (
+        all(z or (u is not None and u >= 0) for z, u in zip(zero, uniform, strict=True))
+        and any(z or u == 0 for z, u in zip(zero, uniform, strict=True))
+    ),
+)
+# The first operand only chooses: what it chooses from decides.
+elementwise(
+    p.select_n_p,
+    lambda eqn, zero, uniform: all(z or u == 0 for z, u in zip(zero[1:], uniform[1:], strict=True)),
+)
+elementwise(p.div_p, lambda eqn, zero, uniform: zero[0] and not zero[1], singular=(1,))
+elementwise(p.rem_p, lambda eqn, zero, uniform: zero[0] and not zero[1], singular=(1,))
+elementwise(p.integer_pow_p, lambda eqn, zero, uniform: zero[0] and eqn.params["y"] > 0)
+elementwise(p.pow_p, lambda eqn, zero, uniform: zero[0] and (uniform[1] or 0.0) > 0, singular=(0,))
+elementwise(p.atan2_p, lambda eqn, zero, uniform: False, singular=(0, 1))
+for primitive in (p.sqrt_p, p.cbrt_p):
+    elementwise(primitive, lambda eqn, zero, uniform: zero[0], singular=(0,))
+for primitive in (p.log_p, p.rsqrt_p):
+    elementwise(primitive, lambda eqn, zero, uniform: False, singular=(0,))
+
+# Newer than the oldest JAX supported.
+for name, singular in (("one_minus_square_p", ()), ("polynomial_p", ()), ("log2_p", (0,))):
+    if hasattr(p, name):
+        elementwise(getattr(p, name), lambda eqn, zero, uniform: False, singular)

@@ -1,0 +1,138 @@
+"""Families that make most rules one line, and the array steps they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+
+from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.rules.registry import Kept, Small, register_rule
+from compaware_jax.trace import Equation
+
+ZeroTest = Callable[[Equation, Sequence[bool], Sequence[float | None]], bool]
+"""Whether an element-wise result is zero, from each operand's zero flag and uniform value."""
+
+
+def take(array: jax.Array, positions: Sequence[np.ndarray | None]) -> jax.Array:
+    """Static positions along each axis (None: all of them)."""
+    for axis, index in enumerate(positions):
+        if index is not None:
+            array = _take_axis(array, index, axis)
+    return array
+
+
+def _take_axis(array: jax.Array, index: np.ndarray, axis: int) -> jax.Array:
+    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+        return jax.lax.slice_in_dim(array, int(index[0]), int(index[0]) + len(index), axis=axis)
+    return jnp.take(array, index, axis=axis, mode="clip", unique_indices=True)
+
+
+def cut(operand: Small, target: Kept) -> jax.Array:
+    """Cut the whole axes of an operand down to the target's kept indices.
+
+    Size-1 axes broadcast, so they are left alone.
+    """
+    shape = operand.array.shape
+    return take(
+        operand.array,
+        [
+            want if have is None and shape[axis] != 1 else None
+            for axis, (have, want) in enumerate(zip(operand.kept, target, strict=True))
+        ],
+    )
+
+
+def small_shape(shape: tuple[int, ...], kept: Kept) -> tuple[int, ...]:
+    """A full shape with the kept counts in place of the cut axes."""
+    return tuple(
+        size if index is None else len(index) for size, index in zip(shape, kept, strict=True)
+    )
+
+
+def bind(eqn: Equation, arrays: Sequence[jax.Array], **overrides: Any) -> list[jax.Array]:
+    """Bind the equation's primitive on other arrays, with some parameters overridden."""
+    result = eqn.primitive.bind(*arrays, **(eqn.params | overrides))
+    return list(result) if eqn.primitive.multiple_results else [result]
+
+
+def elementwise(primitive: Primitive, zero: ZeroTest, singular: Iterable[int] = ()) -> None:
+    """Register an element-wise primitive.
+
+    Args:
+      primitive: its operands have the output's shape, up to size-1 axes and scalars.
+      zero: when dead positions stay zero.
+      singular: operands at whose zeros the function or its derivative is infinite.
+    """
+
+    def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+        uniform = [x.uniform for x in inputs]
+        factors = []
+        for axes, ids, flags in combine(ledger, [x.factors for x in inputs]):
+            dead_is_zero = [bool(flag) for flag in flags]
+            factors.append(Factor(axes, ids, zero(eqn, dead_is_zero, uniform)))
+            if any(dead_is_zero[operand] for operand in singular):
+                ledger.mark_inexact(ids, f"{eqn.where} is singular at zero")
+        is_null = None not in uniform and zero(eqn, [u == 0 for u in uniform], uniform)
+        return [Tracked(eqn.out_shapes[0], tuple(factors), 0.0 if is_null else None)]
+
+    def slim(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array]:
+        return bind(eqn, [cut(x, kept[0]) if x.array.ndim else x.array for x in operands])
+
+    register_rule(primitive, couple, slim)
+
+
+def reduction(primitive: Primitive, *, sums: bool) -> None:
+    """Register a reduction over ``params["axes"]``.
+
+    Args:
+      primitive: takes one operand.
+      sums: whether zeros do not change the result; otherwise a cut reduced axis is un-cut.
+    """
+
+    def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+        (x,) = inputs
+        kept_axes = [a for a in range(len(x.shape)) if a not in eqn.params["axes"]]
+        factors = []
+        for factor in x.factors:
+            if any(a in kept_axes for a in factor.axes):
+                factor = ledger.collapse(factor, kept_axes)
+                factors.append(factor.moved({a: kept_axes.index(a) for a in factor.axes}))
+        return [Tracked(eqn.out_shapes[0], tuple(factors))]
+
+    def slim(
+        eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
+    ) -> list[jax.Array] | None:
+        (x,) = operands
+        for axis in eqn.params["axes"]:
+            if x.kept[axis] is not None and not (sums and x.zero[axis]):
+                return None
+        return bind(eqn, [x.array])
+
+    register_rule(primitive, couple, slim)
+
+
+def freed(
+    ledger: Ledger,
+    shape: tuple[int, ...],
+    factors: Sequence[Factor],
+    uniform: float | None,
+    why: str,
+) -> Tracked:
+    """A `Tracked` whose size-1 axes are freed: what was selected there may not leave."""
+    result = []
+    for factor in factors:
+        single = [pos for pos, axis in enumerate(factor.axes) if shape[axis] == 1]
+        if len(single) == len(factor.axes):
+            ledger.fix(factor.ids, f"a single one of them is selected by {why}")
+            continue
+        ids = factor.ids[
+            tuple(0 if pos in single else slice(None) for pos in range(factor.ids.ndim))
+        ]
+        axes = tuple(a for pos, a in enumerate(factor.axes) if pos not in single)
+        result.append(Factor(axes, ids, factor.zero))
+    return Tracked(shape, tuple(result), uniform)

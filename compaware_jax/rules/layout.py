@@ -1,0 +1,175 @@
+"""Primitives that rename or regroup axes: transpose, squeeze, broadcast, stack, reshape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend.core import primitives as p
+
+from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
+from compaware_jax.rules.families import bind, cut, freed, small_shape
+from compaware_jax.rules.registry import Kept, Small, register_rule
+from compaware_jax.trace import Equation
+
+# --- axes renamed: transpose, squeeze, broadcast_in_dim -----------------------------------------------
+
+
+def _renamed(ledger: Ledger, eqn: Equation, x: Tracked, axis_map: dict[int, int]) -> list[Tracked]:
+    factors = [factor.moved(axis_map) for factor in x.factors]
+    return [freed(ledger, eqn.out_shapes[0], factors, x.uniform, eqn.where)]
+
+
+def _couple_transpose(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    (x,) = inputs
+    return _renamed(ledger, eqn, x, {a: i for i, a in enumerate(eqn.params["permutation"])})
+
+
+def _couple_squeeze(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    (x,) = inputs
+    left = [a for a in range(len(x.shape)) if a not in eqn.params["dimensions"]]
+    return _renamed(ledger, eqn, x, {a: i for i, a in enumerate(left)})
+
+
+def _couple_broadcast(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    x = inputs[0]
+    return _renamed(ledger, eqn, x, dict(enumerate(eqn.params["broadcast_dimensions"])))
+
+
+def _slim_same(
+    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
+) -> list[jax.Array] | None:
+    return bind(eqn, [operands[0].array])
+
+
+def _slim_broadcast(
+    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
+) -> list[jax.Array] | None:
+    shape = small_shape(eqn.out_shapes[0], kept[0])
+    return [lax.broadcast_in_dim(operands[0].array, shape, eqn.params["broadcast_dimensions"])]
+
+
+register_rule(p.transpose_p, _couple_transpose, _slim_same)
+register_rule(p.squeeze_p, _couple_squeeze, _slim_same)
+register_rule(p.broadcast_in_dim_p, _couple_broadcast, _slim_broadcast)
+
+
+def _couple_stack(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    new = eqn.params["axis"]
+    moved = [tuple(f.moved({a: a + (a >= new) for a in f.axes}) for f in x.factors) for x in inputs]
+    factors = []
+    for axes, ids, flags in combine(ledger, moved):
+        zero = all(flag or x.uniform == 0 for flag, x in zip(flags, inputs, strict=True))
+        factors.append(Factor(axes, ids, zero))
+    if factors and len(inputs) > 1:
+        ids = ledger.fresh_fixed(len(inputs), reason=f"joined one by one by {eqn.where}")
+        factors.append(Factor((new,), ids, True))
+    return [Tracked(eqn.out_shapes[0], tuple(factors))]
+
+
+def _slim_stack(
+    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
+) -> list[jax.Array] | None:
+    new = eqn.params["axis"]
+    target = kept[0][:new] + kept[0][new + 1 :]
+    return bind(eqn, [cut(x, target) for x in operands])
+
+
+register_rule(lax.stack_p, _couple_stack, _slim_stack)
+
+
+def _couple_constant(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    return [Tracked(shape) for shape in eqn.out_shapes]
+
+
+register_rule(p.iota_p, _couple_constant, lambda eqn, operands, kept: eqn.run())
+
+
+# --- reshape ------------------------------------------------------------------------------------------
+
+
+def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The finest split of a reshape into runs of axes with equal products (size-1 axes left out)."""
+    left = [a for a, size in enumerate(before) if size != 1]
+    right = [a for a, size in enumerate(after) if size != 1]
+    result = []
+    while left:
+        ins, outs = [left.pop(0)], [right.pop(0)]
+        n_in, n_out = before[ins[0]], after[outs[0]]
+        while n_in != n_out:
+            if n_in < n_out:
+                ins.append(left.pop(0))
+                n_in *= before[ins[-1]]
+            else:
+                outs.append(right.pop(0))
+                n_out *= after[outs[-1]]
+        result.append((ins, outs))
+    return result
+
+
+def _couple_reshape(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    x = inputs[0]
+    if eqn.params["dimensions"] is not None:
+        order = {a: i for i, a in enumerate(eqn.params["dimensions"])}
+        moved = tuple(f.moved(order) for f in x.factors)
+        x = Tracked(tuple(x.shape[a] for a in eqn.params["dimensions"]), moved, x.uniform)
+    shape = eqn.out_shapes[0]
+    if 0 in x.shape:
+        return [Tracked(shape, (), x.uniform)]
+    parts = blocks(x.shape, shape)
+    for factor in x.factors:
+        touched = [part for part in parts if set(part[0]) & set(factor.axes)]
+        if any(len(ins) > 1 or len(outs) > 1 for ins, outs in touched):
+            first, last = parts.index(touched[0]), parts.index(touched[-1])
+            joined = parts[first : last + 1]
+            parts[first : last + 1] = [
+                (sum((j[0] for j in joined), []), sum((j[1] for j in joined), []))
+            ]
+    factors: list[Factor] = []
+    simple = {ins[0]: outs[0] for ins, outs in parts if len(ins) == len(outs) == 1}
+    factors += [f.moved(simple) for f in x.factors if all(a in simple for a in f.axes)]
+    for ins, outs in parts:
+        inside = [f for f in x.factors if set(f.axes) <= set(ins)]
+        if inside and not (len(ins) == len(outs) == 1):
+            factors += _merged(ledger, eqn, x.shape, ins, outs, inside)
+    return [freed(ledger, shape, factors, x.uniform, eqn.where)]
+
+
+def _merged(
+    ledger: Ledger,
+    eqn: Equation,
+    shape: tuple[int, ...],
+    ins: list[int],
+    outs: list[int],
+    inside: list[Factor],
+) -> list[Factor]:
+    free = [f for f in inside if not ledger.all_fixed(f.ids)]
+    if not free:
+        reason = "reshaped from axes that are fixed"
+        return [
+            Factor((a,), ledger.fresh_fixed(eqn.out_shapes[0][a], reason=reason), True)
+            for a in outs
+        ]
+    # Two independent sets of units cannot both leave a merged axis: its rows would form a rectangle
+    # that one dense axis cannot hold. The set with more units stays free.
+    finest = max(free, key=lambda f: len(np.unique(f.ids)))
+    for factor in free:
+        if factor is not finest:
+            ledger.fix(factor.ids, f"merged with a finer axis by {eqn.where}")
+    sizes = [shape[a] for a in ins]
+    index = tuple(slice(None) if a in finest.axes else None for a in ins)
+    ids = np.broadcast_to(finest.ids[index], sizes)
+    return [minimal(outs, ids.reshape([eqn.out_shapes[0][a] for a in outs]), finest.zero)]
+
+
+def _slim_reshape(
+    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
+) -> list[jax.Array] | None:
+    # Kept elements keep their row-major order, so the small reshape moves the right ones.
+    shape = small_shape(eqn.out_shapes[0], kept[0])
+    return [lax.reshape(operands[0].array, shape, eqn.params["dimensions"])]
+
+
+register_rule(p.reshape_p, _couple_reshape, _slim_reshape)

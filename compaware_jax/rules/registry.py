@@ -1,0 +1,78 @@
+"""The table of rules: one per primitive, keyed by the primitive object.
+
+A rule reads a primitive three ways:
+
+* *coupling*: which axes of its inputs and outputs are tied (`couple`);
+* *slimming*: how to bind it on smaller arrays (`slim`); ``None`` means that the traced equation runs at
+  full width instead (un-cut), which is always right and sometimes slow;
+* *work*: the axes whose sizes multiply to its multiply-add count (`work`), for the FLOPs of a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.extend.core import Primitive
+
+from compaware_jax.factors import Ledger, Tracked
+from compaware_jax.trace import Equation
+
+Kept = tuple[np.ndarray | None, ...]
+"""Per axis the kept indices, ascending, or None where the axis is whole."""
+
+
+@dataclass(frozen=True, eq=False)
+class Small:
+    """An operand while slimming.
+
+    Attributes:
+      array: its value, smaller on the cut axes.
+      kept: per axis the kept indices of the full axis, or None where it is whole.
+      zero: per axis whether what was cut away is zero in the masked network.
+    """
+
+    array: jax.Array
+    kept: Kept
+    zero: tuple[bool, ...]
+
+
+Couple = Callable[[Ledger, Equation, Sequence[Tracked]], "list[Tracked]"]
+Slim = Callable[[Equation, Sequence[Small], Sequence[Kept]], "list[jax.Array] | None"]
+Work = Callable[[Equation], "list[tuple[int, int]]"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """How to read one primitive.
+
+    Attributes:
+      couple: ``(ledger, equation, inputs) -> outputs``: what is known of the outputs, having told the
+        ledger which atoms leave together.
+      slim: ``(equation, operands, kept_outputs) -> arrays``, or None from it (or instead of it) to run
+        the equation at full width.
+      work: ``equation -> [(value id, axis), ...]``: their sizes multiply to the multiply-adds.
+    """
+
+    couple: Couple
+    slim: Slim | None = None
+    work: Work | None = None
+
+
+RULES: dict[Primitive, Rule] = {}
+
+
+def register_rule(
+    primitive: Primitive, couple: Couple, slim: Slim | None = None, work: Work | None = None
+) -> None:
+    """Register how a primitive is read; see `Rule` for the three readings.
+
+    Args:
+      primitive: the primitive object.
+      couple: its coupling.
+      slim: its slimming; None runs it at full width, which is always exact.
+      work: its multiply-add count as a product of axis sizes.
+    """
+    RULES[primitive] = Rule(couple, slim, work)

@@ -1,0 +1,114 @@
+"""Selection: from coefficients and scores to exact counts that meet the budget, and to units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from compaware_jax.cost import Cost
+from compaware_jax.errors import BudgetError
+from compaware_jax.groups import Groups
+from compaware_jax.importance import ranks
+
+
+def keep_units(groups: Groups, scores: jax.Array, counts: np.ndarray) -> np.ndarray:
+    """The units to keep: the best `counts[g]` of every group.
+
+    Where that would leave nothing of a guarded set, its best unit takes the place of the worst kept
+    unit of its group.
+
+    Args:
+      groups: what can leave.
+      scores: shape (units,).
+      counts: units to keep per group, shape (groups,), each at least 1.
+
+    Returns:
+      Boolean array, shape (units,).
+    """
+    scores = np.asarray(scores, float).copy()
+    for units in groups.guarded:
+        # The best of a guarded set goes first in its group, so that any count keeps it.
+        scores[units[np.argmax(scores[units])]] = np.inf
+    return np.asarray(ranks(groups, scores)) < np.asarray(counts)[groups.group_of_unit]
+
+
+def round_counts(
+    cost: Cost, coefficients: np.ndarray, limit: int, *, floor: np.ndarray | None = None
+) -> np.ndarray:
+    """Whole counts in the coefficients' proportions, as close below a limit as units allow.
+
+    All coefficients are scaled by a common factor to the largest counts that fit; single units, then
+    exchanges of one unit for another, fill what rounding left.
+
+    Args:
+      cost: what is limited.
+      coefficients: kept share per group, in (0, 1], shape (groups,).
+      limit: the largest cost allowed.
+      floor: least counts, shape (groups,); default 1.
+
+    Returns:
+      Counts, shape (groups,), int.
+
+    Raises:
+      BudgetError: the floors cost more than the limit.
+    """
+    units = cost.units
+    floor = np.minimum(units, 1) if floor is None else np.minimum(units, floor)
+    share = np.asarray(coefficients, float) * units
+    if cost.exact(floor) > limit:
+        raise BudgetError(
+            f"round_counts: the least counts cost {cost.exact(floor)} {cost.name}, more than the limit "
+            f"{limit}. Raise the budget or lower the floors."
+        )
+
+    def scaled(factor: float) -> np.ndarray:
+        return np.clip(np.floor(factor * share + 0.5), floor, units).astype(int)
+
+    low, high = 0.0, float(np.max(units / np.maximum(share, 1e-9))) + 1.0
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if cost.exact(scaled(middle)) <= limit else (low, middle)
+    return _fill(cost, scaled(low), low * share, limit, floor)
+
+
+def _fill(
+    cost: Cost, counts: np.ndarray, wanted: np.ndarray, limit: int, floor: np.ndarray
+) -> np.ndarray:
+    one = np.eye(len(counts), dtype=int)
+
+    def fits(step: np.ndarray) -> bool:
+        new = counts + step
+        inside = (new >= floor).all() and (new <= cost.units).all()
+        return bool(inside and cost.exact(counts) < cost.exact(new) <= limit)
+
+    # Single units first, where the rounding took most; then exchanges that spend more of the limit.
+    exchanges = [one[a] - one[b] for a in range(len(one)) for b in range(len(one)) if a != b]
+    while True:
+        single = [g for g in range(len(one)) if fits(one[g])]
+        if single:
+            counts = (
+                counts + one[max(single, key=lambda g: (wanted[g] - counts[g]) / cost.units[g])]
+            )
+            continue
+        better = [step for step in exchanges if fits(step)]
+        if not better or cost.exact(counts) >= 0.999 * limit:
+            return counts
+        counts = counts + max(better, key=lambda step: cost.exact(counts + step))
+
+
+def uniform_counts(cost: Cost, limit: int, *, whole: Sequence[int] = ()) -> np.ndarray:
+    """Counts that keep the same share of every group: what most pruners do.
+
+    Args:
+      cost: what is limited.
+      limit: the largest cost allowed.
+      whole: groups that are left alone, e.g. the latent.
+
+    Returns:
+      Counts, shape (groups,).
+    """
+    floor = np.minimum(cost.units, 1)
+    floor[list(whole)] = cost.units[list(whole)]
+    return round_counts(cost, np.ones(len(floor)), limit, floor=floor)

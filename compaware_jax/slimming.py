@@ -1,0 +1,210 @@
+"""Run a program on smaller arrays: the slimming reading of the rules, with un-cut as the way out.
+
+Where a rule cannot run an equation at the small sizes exactly, the traced equation runs at full width:
+its operands are rebuilt (zeros scattered where what was cut is zero in the masked network, otherwise
+their producers run again at full width), and its outputs are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import primitives as p
+
+from compaware_jax.errors import PlanError
+from compaware_jax.factors import Factor, Tracked
+from compaware_jax.propagate import Analysis, analyse_seeded
+from compaware_jax.rules import RULES, Kept, Small
+from compaware_jax.rules.families import take
+from compaware_jax.trace import Block, Equation, flatten
+
+
+class _OutOfReachError(Exception):
+    """A full-width value is needed whose producer lies outside the block being run."""
+
+
+def run_small(
+    analysis: Analysis, alive: np.ndarray, inputs: Sequence[jax.Array]
+) -> tuple[list[jax.Array], list[str]]:
+    """Run an analysed program on inputs cut to the living classes.
+
+    Args:
+      analysis: the program and what leaves together in it.
+      alive: boolean array over the analysis' classes.
+      inputs: one array per input of the program, cut along the axes where classes died.
+
+    Returns:
+      The outputs, cut likewise, and where equations ran un-cut.
+    """
+    run = _Run(analysis, alive)
+    outputs = run.block(analysis.program.block, inputs)
+    return outputs, run.uncut
+
+
+class _InseparableError(Exception):
+    """A derivative rule ties what the plan separates, or takes inputs that have no derivative."""
+
+
+@dataclass(eq=False)
+class _Run:
+    analysis: Analysis
+    alive: np.ndarray
+    nested: bool = False
+    small: dict[int, Any] = field(default_factory=dict)
+    full: dict[int, Any] = field(default_factory=dict)
+    producers: dict[int, Equation] = field(default_factory=dict)
+    uncut: list[str] = field(default_factory=list)
+
+    def block(self, block: Block, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+        self.small.update(zip(block.inputs, inputs, strict=True))
+        for eqn in block.equations:
+            self.producers.update(dict.fromkeys(eqn.outputs, eqn))
+            kept = [self.kept(v) for v in eqn.outputs]
+            results = self.equation(eqn, kept)
+            if results is None:
+                self.uncut.append(eqn.where)
+                results = [
+                    take(self.whole(v), index) for v, index in zip(eqn.outputs, kept, strict=True)
+                ]
+            self.small.update(zip(eqn.outputs, results, strict=True))
+        return [self.read(v) for v in block.outputs]
+
+    def kept(self, value: int) -> Kept:
+        kept = self.analysis.kept(value, self.alive)
+        if any(index is not None and len(index) == 0 for index in kept):
+            producer = self.producers.get(value)
+            raise PlanError(
+                f"slim: the plan leaves nothing of an axis at {producer.where if producer else 'an input'}"
+                ". Expected at least one unit on every axis of every value; keep one of them."
+            )
+        return kept
+
+    def read(self, value: int) -> Any:
+        return self.small[value] if value in self.small else self.analysis.program.constants[value]
+
+    def equation(self, eqn: Equation, kept: list[Kept]) -> list[jax.Array] | None:
+        operands = [Small(self.read(v), self.kept(v), self.analysis.zero(v)) for v in eqn.inputs]
+        if eqn.primitive in RULES:
+            slim = RULES[eqn.primitive].slim
+            return None if slim is None else slim(eqn, operands, kept)
+        if all(index is None for axes in [*kept, *(x.kept for x in operands)] for index in axes):
+            return eqn.run(*[x.array for x in operands])
+        if eqn.body is not None:
+            return self.call(eqn, eqn.body, operands, kept)
+        return None
+
+    def whole(self, value: int) -> Any:
+        """A value at full width, as the masked network would compute it."""
+        if value in self.full:
+            return self.full[value]
+        kept = self.kept(value)
+        known = value in self.small or value in self.analysis.program.constants
+        zero = self.analysis.zero(value)
+        if known and all(z or index is None for z, index in zip(zero, kept, strict=True)):
+            shape = self.analysis.program.avals[value].shape
+            self.full[value] = scatter(self.read(value), kept, shape)
+        elif value in self.producers:
+            eqn = self.producers[value]
+            results = eqn.run(*[self.whole(v) for v in eqn.inputs])
+            self.full.update(zip(eqn.outputs, results, strict=True))
+        else:
+            raise _OutOfReachError
+        return self.full[value]
+
+    def call(
+        self, eqn: Equation, body: Block, operands: list[Small], kept: list[Kept]
+    ) -> list[jax.Array] | None:
+        """A call with its own derivative rule: body and rule both run small, or the call un-cut."""
+        if eqn.primitive is not p.custom_jvp_call_p:
+            return None
+        analysis, alive = self.analysis, self.alive
+
+        @cache
+        def derivative() -> _Derivative:
+            return _Derivative.of(eqn, analysis, alive, kept)
+
+        @jax.custom_jvp
+        def call(*arrays: jax.Array) -> list[jax.Array]:
+            return _Run(analysis, alive).block(body, arrays)
+
+        @call.defjvp
+        def _(primals: Any, tangents: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+            return call(*primals), derivative().run(primals, tangents)
+
+        arrays = [x.array for x in operands]
+        try:
+            # A rule may call its own function, so inside a rule the next derivative is not looked at
+            # before somebody takes it.
+            jax.eval_shape(call if self.nested else partial(_jvp_of_zeros, call), *arrays)
+        except (_OutOfReachError, _InseparableError):
+            return None
+        return call(*arrays)
+
+
+def _jvp_of_zeros(call: Callable[..., Any], *arrays: jax.Array) -> Any:
+    return jax.jvp(call, arrays, tuple(jnp.zeros_like(array) for array in arrays))
+
+
+@dataclass(frozen=True, eq=False)
+class _Derivative:
+    """The derivative rule of a call as a program of its own, cut as the call is."""
+
+    analysis: Analysis
+    alive: np.ndarray
+
+    @classmethod
+    def of(cls, eqn: Equation, outer: Analysis, alive: np.ndarray, kept: list[Kept]) -> _Derivative:
+        avals = [outer.program.avals[v] for v in eqn.inputs]
+        if not all(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in avals):
+            raise _InseparableError
+        closed = jax.make_jaxpr(lambda primals, tangents: jax.jvp(eqn.run, primals, tangents)[1])(
+            tuple(avals), tuple(avals)
+        )
+        classes = outer.solution.count
+        inputs = [_by_class(outer, v) for v in eqn.inputs] * 2
+        analysis = analyse_seeded(flatten(closed, leaves=()), inputs, classes)
+        labels = analysis.solution.labels[:classes]
+        survivors = alive | ~outer.free
+        alive_here = np.ones(analysis.solution.count, bool)
+        alive_here[labels[~survivors]] = False
+        # The rule must not tie what the plan separates.
+        if (alive_here[labels] != survivors).any():
+            raise _InseparableError
+        result = cls(analysis, alive_here)
+        for value, expected in zip(analysis.program.block.outputs, kept, strict=True):
+            got = analysis.kept(value, alive_here)
+            if any(not _same(a, b) for a, b in zip(got, expected, strict=True)):
+                raise _InseparableError
+        return result
+
+    def run(self, primals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> list[jax.Array]:
+        run = _Run(self.analysis, self.alive, nested=True)
+        return run.block(self.analysis.program.block, [*primals, *tangents])
+
+
+def _by_class(analysis: Analysis, value: int) -> Tracked:
+    """A value whose atoms are the classes that an outer analysis found."""
+    shape = analysis.program.avals[value].shape
+    labels = analysis.solution.labels
+    factors = tuple(Factor(f.axes, labels[f.ids], f.zero) for f in analysis.factors.get(value, ()))
+    return Tracked(shape, factors)
+
+
+def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b if a is None or b is None else np.array_equal(a, b)
+
+
+def scatter(array: jax.Array, kept: Kept, shape: tuple[int, ...]) -> jax.Array:
+    """Put a cut array back at its places in zeros of the full shape."""
+    for axis, index in enumerate(kept):
+        if index is not None:
+            size = (*array.shape[:axis], shape[axis], *array.shape[axis + 1 :])
+            places = (slice(None),) * axis + (index,)
+            array = jnp.zeros(size, array.dtype).at[places].set(array)
+    return array

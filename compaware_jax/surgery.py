@@ -1,0 +1,225 @@
+"""Surgery: any tree shaped like the variables becomes the small one, the function the small function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from compaware_jax.errors import PlanError
+from compaware_jax.groups import COLLECTIONS
+from compaware_jax.plan import Plan
+from compaware_jax.propagate import Analysis, analyse
+from compaware_jax.slimming import run_small, scatter
+from compaware_jax.trace import named_leaves, trace
+
+
+def shrink(tree: Any, plan: Plan) -> Any:
+    """Cut a tree down to a plan.
+
+    Args:
+      tree: the variables, or any pytree that holds trees like them (an optimizer state with its moments,
+        EMA copies, a checkpoint of all of these) or like one of their Flax collections (moments
+        over ``variables["params"]``); other leaves are passed through.
+      plan: what is kept.
+
+    Returns:
+      The tree with every array that belongs to a leaf of the plan cut along the kept indices.
+
+    Raises:
+      PlanError: nothing in the tree fits the plan, or a sub-tree fits it in two ways that differ.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import compaware_jax as ca
+      >>> def net(v, x):
+      ...     return jnp.tanh(x @ v["w1"]) @ v["w2"]
+      >>> v = {"w1": jnp.ones((3, 8)), "w2": jnp.ones((8, 2))}
+      >>> groups = ca.find_groups(net, v, jnp.ones((1, 3)))
+      >>> plan = ca.plan_units(groups, jnp.arange(8) < 5)
+      >>> ca.shrink(v, plan)["w2"].shape
+      (5, 2)
+      >>> ca.shrink(optax.adam(1e-3).init(v), plan)[0].mu["w1"].shape
+      (3, 5)
+    """
+    return _map_plan(tree, plan, _cut, full=True, caller="shrink")
+
+
+def expand(tree: Any, plan: Plan) -> Any:
+    """The inverse of `shrink` up to what was cut, which comes back as zeros.
+
+    Args:
+      tree: a tree that `shrink` returned for the plan.
+      plan: what was kept.
+
+    Returns:
+      The tree at the full shapes: ``expand(shrink(variables, plan), plan)`` is the masked variables.
+
+    Raises:
+      PlanError: nothing in the tree fits the plan.
+    """
+    return _map_plan(tree, plan, _put_back, full=False, caller="expand")
+
+
+def _cut(array: Any, plan: Plan, leaf: int) -> Any:
+    for axis, index in enumerate(plan.kept[leaf]):
+        if index is not None:
+            array = array.take(np.asarray(index), axis=axis)
+    return array
+
+
+def _put_back(array: Any, plan: Plan, leaf: int) -> Any:
+    kept = tuple(None if index is None else np.asarray(index) for index in plan.kept[leaf])
+    return scatter(array, kept, plan.leaves[leaf].shape)
+
+
+def _map_plan(tree: Any, plan: Plan, change: Callable, *, full: bool, caller: str) -> Any:
+    templates = _templates(plan, full)
+    found = False
+
+    def match(node: Any) -> list[int] | None:
+        named = tuple((path, np.shape(leaf)) for path, leaf in named_leaves(node))
+        fits = templates.get(named, [])
+        distinct = {tuple(plan.kept[i] for i in positions) for positions in fits}
+        if len(distinct) > 1:
+            raise PlanError(
+                f"{caller}: the sub-tree with leaves {[path for path, _ in named][:4]} fits "
+                f"{len(fits)} sub-trees of the plan, which keep different indices. Pass the tree around "
+                "it instead, so that its place is known."
+            )
+        return fits[0] if fits else None
+
+    def visit(node: Any) -> Any:
+        nonlocal found
+        positions = match(node)
+        if positions is None:
+            return node
+        found = True
+        leaves, structure = jax.tree.flatten(node)
+        changed = [change(leaf, plan, i) for leaf, i in zip(leaves, positions, strict=True)]
+        return jax.tree.unflatten(structure, changed)
+
+    result = jax.tree.map(visit, tree, is_leaf=lambda node: match(node) is not None)
+    if not found:
+        raise PlanError(
+            f"{caller}: no sub-tree has the leaves of the plan (fingerprint {plan.fingerprint}, "
+            f"{len(plan.leaves)} leaves, first `{plan.leaves[0].path}` "
+            f"{plan.leaves[0].shape if full else plan.small_shape(0)}); the tree has "
+            f"{[(path, np.shape(leaf)) for path, leaf in named_leaves(tree)][:3]} … "
+            "Pass variables of the model that the plan was made for."
+        )
+    return result
+
+
+def _templates(plan: Plan, full: bool) -> dict[tuple, list[list[int]]]:
+    """Named leaves of the variables and of their Flax collections, to positions in the plan."""
+    # Deeper sub-trees are not offered: a layer of another model may look the same by chance.
+    first_keys = {leaf.path.split("/")[0] for leaf in plan.leaves}
+    prefixes = ["", *(f"{key}/" for key in sorted(first_keys & COLLECTIONS))]
+    result: dict[tuple, list[list[int]]] = {}
+    for prefix in prefixes:
+        inside = [i for i, leaf in enumerate(plan.leaves) if leaf.path.startswith(prefix)]
+        named = tuple(
+            (
+                plan.leaves[i].path[len(prefix) :],
+                plan.leaves[i].shape if full else plan.small_shape(i),
+            )
+            for i in inside
+        )
+        result.setdefault(named, []).append(inside)
+    return result
+
+
+def slim(
+    apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """The small function: ``slim(apply, plan)(shrink(variables, plan), *args)`` equals
+    ``apply(expand(shrink(variables, plan), plan), *args)`` up to the order of summation.
+
+    The function is traced again for every new input shape, so it takes any batch size, and it composes
+    with `jit`, `grad`, `vmap` and `jax.export`. Nothing in the model's code changes.
+
+    Args:
+      apply: the function that the groups were found for, or another function of the same variables.
+      plan: what is kept.
+      released: tree paths of outputs that come out cut, beside those released to `find_groups`.
+
+    Returns:
+      A function of the small variables and the same further arguments as `apply`.
+
+    Raises:
+      PlanError: (when called) the variables are not those of the plan; or the plan cuts what this
+        function needs whole, or separates what it ties.
+    """
+    analyses: dict[Any, tuple[Analysis, np.ndarray]] = {}
+
+    def small_apply(small_variables: Any, *args: Any, **kwargs: Any) -> Any:
+        small_leaves, structure = jax.tree.flatten(small_variables)
+        _check_small(small_variables, plan)
+        full = jax.tree.unflatten(
+            structure,
+            [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in plan.leaves],
+        )
+        rest, rest_structure = jax.tree.flatten((args, kwargs))
+        key = (
+            structure,
+            rest_structure,
+            tuple((np.shape(x), jax.dtypes.result_type(x)) for x in rest),
+        )
+        if key not in analyses:
+            program = trace(apply, full, *args, **kwargs)
+            paths = program.output_paths
+            chosen = [i for i, path in enumerate(paths) if path in (*released, *plan.released)]
+            analysis = analyse(program, released=chosen)
+            analyses[key] = (analysis, _alive(analysis, plan))
+        analysis, alive = analyses[key]
+        outputs, _ = run_small(analysis, alive, [*small_leaves, *rest])
+        return jax.tree.unflatten(analysis.program.output_tree, outputs)
+
+    return small_apply
+
+
+def _check_small(small_variables: Any, plan: Plan) -> None:
+    got = [(path, np.shape(leaf)) for path, leaf in named_leaves(small_variables)]
+    expected = [(leaf.path, plan.small_shape(i)) for i, leaf in enumerate(plan.leaves)]
+    if got != expected:
+        wrong = next(
+            (pair for pair in zip(got, expected, strict=False) if pair[0] != pair[1]),
+            (f"{len(got)} leaves", f"{len(expected)} leaves"),
+        )
+        raise PlanError(
+            f"slim: the variables do not fit the plan (fingerprint {plan.fingerprint}): got {wrong[0]}, "
+            f"expected {wrong[1]}. Pass shrink(variables, plan) of the model that the plan was made for."
+        )
+
+
+def _alive(analysis: Analysis, plan: Plan) -> np.ndarray:
+    """Which classes of a function's analysis the plan keeps."""
+    dead = np.zeros(analysis.solution.count, bool)
+    needed = np.zeros(analysis.solution.count, bool)
+    for position, value in enumerate(analysis.program.leaf_values):
+        for axis, index in enumerate(plan.kept[position]):
+            if plan.leaves[position].shape[axis] == 1:
+                continue
+            factor = next(f for f in analysis.factors[value] if axis in f.axes)
+            labels = analysis.solution.labels[factor.ids]
+            kept = np.ones(len(labels), bool)
+            if index is not None:
+                kept = np.isin(np.arange(len(labels)), index)
+            dead[labels[~kept]] = True
+            needed[labels[kept]] = True
+            blocked = labels[~kept & ~analysis.free[labels]]
+            if len(blocked):
+                raise PlanError(
+                    f"slim: the plan cuts axis {axis} of `{plan.leaves[position].path}`, which this "
+                    f"function needs whole ({analysis.solution.fixed[blocked[0]]}). Pass the function "
+                    "that the groups were found for, or name the output in `released`."
+                )
+    if (dead & needed).any():
+        raise PlanError(
+            "slim: the plan separates channels that this function ties together. Pass the function that "
+            "the groups were found for."
+        )
+    return ~dead

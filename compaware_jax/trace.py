@@ -1,0 +1,278 @@
+"""From a function to a flat program: one list of equations, one id per value.
+
+Tracing is abstract (`jax.make_jaxpr` on shapes), so a model larger than memory traces as well. Plain
+calls (`jit`, `remat`, closed calls) are inlined. Calls with a custom derivative rule are kept as call
+sites, because replacing them by their body would silently change gradients; their body is flattened
+beside them, with ids of its own at every call site.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import numpy as np
+from jax.extend.core import primitives as p
+from jax.extend.source_info_util import summarize
+
+from compaware_jax.errors import TraceError
+
+_INLINED = {p.jit_p: "jaxpr", p.remat_p: "jaxpr", p.closed_call_p: "call_jaxpr"}
+_CUSTOM = {p.custom_jvp_call_p: "call_jaxpr", p.custom_vjp_call_p: "call_jaxpr"}
+
+
+@dataclass(frozen=True, eq=False)
+class Equation:
+    """One primitive application.
+
+    Attributes:
+      primitive: the primitive object; rules are keyed by it.
+      params: its parameters, at the traced shapes.
+      inputs: value ids, literals included (they are constants of the program).
+      outputs: value ids.
+      source: the traced equation, to run it unchanged.
+      body: for calls with custom derivatives, the flattened body.
+      scope: the module path in which it was traced (JAX's name stack).
+    """
+
+    primitive: jex.Primitive
+    params: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    source: jex.JaxprEqn
+    body: Block | None
+    scope: str
+
+    @property
+    def in_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Full shapes of the inputs."""
+        return tuple(var.aval.shape for var in self.source.invars)
+
+    @property
+    def out_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Full shapes of the outputs."""
+        return tuple(var.aval.shape for var in self.source.outvars)
+
+    @property
+    def where(self) -> str:
+        """Primitive, module path and source line, for messages."""
+        # The line's folder says nothing to a reader and differs from machine to machine.
+        line = os.path.basename(summarize(self.source.source_info))
+        return (
+            f"`{self.primitive}` in {self.scope} ({line})"
+            if self.scope
+            else (f"`{self.primitive}` ({line})")
+        )
+
+    def run(self, *operands: jax.Array) -> list[jax.Array]:
+        """Run the traced equation unchanged, on operands of the traced shapes."""
+        by_var = {
+            var: operand
+            for var, operand in zip(self.source.invars, operands, strict=True)
+            if not isinstance(var, jex.Literal)
+        }
+        jaxpr = jex.Jaxpr((), list(by_var), self.source.outvars, [self.source])
+        return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*by_var.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A straight run of equations between inputs and outputs (value ids)."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    equations: tuple[Equation, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A traced function.
+
+    Attributes:
+      block: its equations, inputs (leaves first, then arguments) and outputs.
+      avals: shape and dtype per value id.
+      constants: value id to array, for literals and closed-over arrays.
+      leaves: the paths of the variables' leaves, in the order of `block.inputs`.
+      arguments: names of the other inputs, in order.
+      output_paths: tree paths of the outputs.
+      output_tree: tree structure of the outputs.
+    """
+
+    block: Block
+    avals: tuple[jax.ShapeDtypeStruct, ...]
+    constants: dict[int, Any]
+    leaves: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+    output_paths: tuple[str, ...] = ()
+    output_tree: Any = None
+
+    @property
+    def leaf_values(self) -> tuple[int, ...]:
+        """Value ids of the variables' leaves."""
+        return self.block.inputs[: len(self.leaves)]
+
+    @property
+    def argument_values(self) -> tuple[int, ...]:
+        """Value ids of the other inputs."""
+        return self.block.inputs[len(self.leaves) :]
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A tree path as text, e.g. ``params/encoder/Dense_0/kernel``."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Leaves of a pytree with their paths as text."""
+    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> Program:
+    """Trace ``apply(variables, *args, **kwargs)`` abstractly.
+
+    Args:
+      apply: a pure function of a pytree of arrays and further arrays.
+      variables: pytree of arrays or `jax.ShapeDtypeStruct`.
+      *args: further positional inputs: pytrees of arrays or `jax.ShapeDtypeStruct`.
+      **kwargs: further keyword inputs, likewise.
+
+    Returns:
+      The flat `Program`.
+
+    Raises:
+      TraceError: a leaf is not an array, or the function cannot be traced with these variables.
+    """
+    structs = jax.tree.map_with_path(_abstract, (variables, args, kwargs))
+    leaves, tree = jax.tree.flatten(structs)
+    output: dict[str, Any] = {}
+
+    def flat(*flat_leaves: Any) -> list[Any]:
+        variables, args, kwargs = jax.tree.unflatten(tree, flat_leaves)
+        result = apply(variables, *args, **kwargs)
+        named, output["tree"] = jax.tree_util.tree_flatten_with_path(result)
+        output["paths"] = tuple(path_name(path) for path, _ in named)
+        return [leaf for _, leaf in named]
+
+    try:
+        closed = jax.make_jaxpr(flat)(*leaves)
+    except Exception as error:
+        name = getattr(apply, "__qualname__", repr(apply))
+        raise TraceError(
+            f"trace: `{name}` cannot be traced with these variables and inputs "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Expected a pure JAX function "
+            "called as apply(variables, *args) with the variables it was initialised with; check that "
+            "the tree, the shapes and the order of the arguments fit."
+        ) from error
+    return flatten(
+        closed,
+        leaves=tuple(name for name, _ in named_leaves(structs[0])),
+        arguments=tuple(name for name, _ in named_leaves(structs[1:])),
+        output_paths=output["paths"],
+        output_tree=output["tree"],
+    )
+
+
+def _abstract(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+    try:
+        return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(leaf.dtype))
+    except (AttributeError, TypeError):
+        pass
+    if isinstance(leaf, (bool, int, float, complex)):
+        aval = jax.typeof(leaf)
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    raise TraceError(
+        f"trace: the leaf `{path_name(path)}` is {type(leaf).__name__}, expected an array or a "
+        "jax.ShapeDtypeStruct. Close over values that are not arrays, e.g. with functools.partial."
+    )
+
+
+def flatten(closed: jex.ClosedJaxpr, leaves: tuple[str, ...], **names: Any) -> Program:
+    """Flatten a closed jaxpr whose first inputs are the given leaves; see `Program` for the names."""
+    flattener = _Flattener()
+    constants = [flattener.constant(c) for c in closed.consts]
+    block = flattener.block(closed.jaxpr, constants)
+    return Program(
+        block=block,
+        avals=tuple(flattener.avals),
+        constants=flattener.constants,
+        leaves=leaves,
+        **names,
+    )
+
+
+@dataclass(eq=False)
+class _Flattener:
+    avals: list[jax.ShapeDtypeStruct] = field(default_factory=list)
+    constants: dict[int, Any] = field(default_factory=dict)
+
+    def value(self, aval: Any) -> int:
+        # Extended dtypes (random keys) have no numpy dtype; the aval itself is kept for them.
+        self.avals.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+        return len(self.avals) - 1
+
+    def constant(self, array: Any) -> int:
+        index = self.value(jax.typeof(array))
+        self.constants[index] = array
+        return index
+
+    def literal(self, literal: jex.Literal) -> int:
+        # A literal may be a Python scalar: it has to take the dtype that the trace gave it.
+        return self.constant(np.asarray(literal.val, dtype=literal.aval.dtype))
+
+    def block(self, jaxpr: jex.Jaxpr, constants: list[int]) -> Block:
+        env: dict[Any, int] = dict(zip(jaxpr.constvars, constants, strict=True))
+        inputs = tuple(self.value(var.aval) for var in jaxpr.invars)
+        env.update(zip(jaxpr.invars, inputs, strict=True))
+        equations = list(self.equations(jaxpr, env, ""))
+        outputs = tuple(self.read(env, v) for v in jaxpr.outvars)
+        return Block(inputs, outputs, _live(equations, outputs))
+
+    def read(self, env: dict[Any, int], var: Any) -> int:
+        return self.literal(var) if isinstance(var, jex.Literal) else env[var]
+
+    def equations(self, jaxpr: jex.Jaxpr, env: dict[Any, int], scope: str) -> Iterator[Equation]:
+        for eqn in jaxpr.eqns:
+            inputs = tuple(self.read(env, var) for var in eqn.invars)
+            stack = "/".join(s for s in (scope, str(eqn.source_info.name_stack)) if s)
+            if eqn.primitive in _INLINED:
+                inner, constants = _open(eqn.params[_INLINED[eqn.primitive]])
+                inner_env = dict(
+                    zip(inner.constvars, [self.constant(c) for c in constants], strict=True)
+                )
+                inner_env.update(zip(inner.invars, inputs, strict=True))
+                yield from self.equations(inner, inner_env, stack)
+                outputs = tuple(self.read(inner_env, var) for var in inner.outvars)
+            else:
+                outputs = tuple(self.value(var.aval) for var in eqn.outvars)
+                body = None
+                if eqn.primitive in _CUSTOM:
+                    inner, constants = _open(eqn.params[_CUSTOM[eqn.primitive]])
+                    body = self.block(inner, [self.constant(c) for c in constants])
+                yield Equation(
+                    primitive=eqn.primitive,
+                    params=eqn.params,
+                    inputs=inputs,
+                    outputs=outputs,
+                    source=eqn,
+                    body=body,
+                    scope=stack,
+                )
+            env.update(zip(eqn.outvars, outputs, strict=True))
+
+
+def _open(jaxpr: Any) -> tuple[jex.Jaxpr, Sequence[Any]]:
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, jex.ClosedJaxpr) else (jaxpr, ())
+
+
+def _live(equations: list[Equation], outputs: tuple[int, ...]) -> tuple[Equation, ...]:
+    """The equations that an output or an effect needs: dead code must not tie channels."""
+    needed, live = set(outputs), []
+    for eqn in reversed(equations):
+        if eqn.source.effects or needed & set(eqn.outputs):
+            needed.update(eqn.inputs)
+            live.append(eqn)
+    return tuple(reversed(live))
