@@ -1,8 +1,45 @@
-"""Structured pruning as a JAX function transformation."""
+"""Structured pruning as a JAX function transformation.
 
+`find_groups` reads the coupled channels of a function off its jaxpr; `compress` learns how much of each
+to keep while the weights adapt; `shrink` and `slim` are the surgery. See the README for the shortest
+example.
+"""
+
+from compaware_jax.coefficients import GradientSearch, GridSearch
+from compaware_jax.compress import Result, compress
 from compaware_jax.cost import Budget, flops, nbytes, params
+from compaware_jax.criteria import Criterion, at_least, at_most
+from compaware_jax.errors import CompawareError
+from compaware_jax.fit import fit
 from compaware_jax.groups import Group, Groups, find_groups
 from compaware_jax.masks import apply_mask, mask
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.rules import register_rule
 from compaware_jax.surgery import expand, shrink, slim
+
+__all__ = [
+    "Budget",
+    "CompawareError",
+    "Criterion",
+    "GradientSearch",
+    "GridSearch",
+    "Group",
+    "Groups",
+    "Plan",
+    "Result",
+    "apply_mask",
+    "at_least",
+    "at_most",
+    "compress",
+    "expand",
+    "find_groups",
+    "fit",
+    "flops",
+    "mask",
+    "nbytes",
+    "params",
+    "plan_units",
+    "register_rule",
+    "shrink",
+    "slim",
+]

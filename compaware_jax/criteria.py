@@ -25,12 +25,15 @@ class Criterion:
       metric: ``(apply, variables, batch) -> scalar``, traceable by JAX.
       threshold: in the metric's unit.
       above: whether the metric has to be at least (True) or at most (False) the threshold.
+      trainable: whether it is also a constraint while training, on each batch. An accuracy has no
+        gradient, and a metric may cost more than a step: such criteria are judged at the end only.
     """
 
     name: str
     metric: Metric
     threshold: float
     above: bool = True
+    trainable: bool = True
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.threshold):
@@ -47,14 +50,14 @@ class Criterion:
         return f"{self.name} {'≥' if self.above else '≤'} {self.threshold:g}"
 
 
-def at_least(name: str, metric: Metric, threshold: float) -> Criterion:
-    """The metric may not fall below the threshold."""
-    return Criterion(name, metric, threshold, above=True)
+def at_least(name: str, metric: Metric, threshold: float, *, trainable: bool = True) -> Criterion:
+    """The metric may not fall below the threshold; see `Criterion`."""
+    return Criterion(name, metric, threshold, True, trainable)
 
 
-def at_most(name: str, metric: Metric, threshold: float) -> Criterion:
-    """The metric may not rise above the threshold."""
-    return Criterion(name, metric, threshold, above=False)
+def at_most(name: str, metric: Metric, threshold: float, *, trainable: bool = True) -> Criterion:
+    """The metric may not rise above the threshold; see `Criterion`."""
+    return Criterion(name, metric, threshold, False, trainable)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class Groups:
       released: tree paths of outputs whose axes may be cut.
       analysis: the coupling analysis behind it all.
       unit_of_class: unit per class of the analysis, or -1.
+      component_of: maps a leaf path to its component's name.
     """
 
     groups: tuple[Group, ...]
@@ -98,6 +99,7 @@ class Groups:
     released: tuple[str, ...]
     analysis: Analysis
     unit_of_class: np.ndarray
+    component_of: Callable[[str], str]
 
     @property
     def units(self) -> int:
@@ -118,7 +120,7 @@ class Groups:
     def components(self) -> tuple[str, ...]:
         """Names of the components, in the order of the groups, then of the leaves."""
         names = [name for group in self.groups for name in group.components]
-        return tuple(dict.fromkeys(names + [component_of(leaf.path) for leaf in self.leaves]))
+        return tuple(dict.fromkeys(names + [self.component_of(leaf.path) for leaf in self.leaves]))
 
     @property
     def fingerprint(self) -> str:
@@ -153,7 +155,7 @@ class Groups:
         return "\n\n".join(tables)
 
 
-def component_of(path: str) -> str:
+def default_component(path: str) -> str:
     """The default component of a leaf: its top-level key, not counting a Flax collection."""
     keys = path.split("/")
     return keys[1] if keys[0] in COLLECTIONS and len(keys) > 1 else keys[0]
@@ -177,7 +179,7 @@ def find_groups(
     apply: Callable[..., Any],
     variables: Any,
     *args: Any,
-    components: Callable[[str], str] = component_of,
+    components: Callable[[str], str] = default_component,
     released: Sequence[str] = (),
     inexact: bool = False,
     strict: bool = False,
@@ -290,6 +292,7 @@ def _collect(
         released=released,
         analysis=analysis,
         unit_of_class=unit_of_class,
+        component_of=components,
     )
 
 

@@ -29,6 +29,7 @@ def run_steps(
     directory: str | os.PathLike[str] | None = None,
     job: Mapping[str, Any] | None = None,
     every: int = 5,
+    between: Mapping[int, Callable[[Any], Any]] | None = None,
     progress: bool = True,
 ) -> tuple[Any, dict[str, np.ndarray]]:
     """Run a pure step function for a number of steps, in compiled chunks.
@@ -45,6 +46,8 @@ def run_steps(
       directory: where checkpoints go; None for none.
       job: what identifies the run (JSON values); a checkpoint of another job is refused.
       every: chunks between checkpoints.
+      between: functions of the state, run on the host before the step of that number (a multiple of
+        `chunk`); they must not change shapes or dtypes.
       progress: show a progress bar.
 
     Returns:
@@ -55,6 +58,10 @@ def run_steps(
     """
     chunks = -(-steps // chunk)
 
+    if any(start % chunk for start in between or ()):
+        raise ValueError(
+            f"run_steps: between has steps {sorted(between or ())}, expected multiples of chunk={chunk}."
+        )
     compiled = jax.jit(_chunk_runner(step), static_argnames="length")
     shapes = jax.eval_shape(lambda s: step(s, jnp.zeros((), jnp.int32))[1], state)
     history = {
@@ -71,6 +78,8 @@ def run_steps(
             try:
                 while done < chunks:
                     start = done * chunk
+                    if between and start in between:
+                        state = between[start](state)
                     length = min(chunk, steps - start)
                     state, info = compiled(state, jnp.int32(start), length=length)
                     for name, value in jax.device_get(info).items():
@@ -93,11 +102,11 @@ def run_steps(
 
 
 def _chunk_runner(step: Step) -> Callable[..., tuple[Any, Any]]:
-    def run(state: Any, start: jax.Array, *, length: int) -> tuple[Any, Any]:
+    def run_chunk(state: Any, start: jax.Array, *, length: int) -> tuple[Any, Any]:
         state, infos = jax.lax.scan(step, state, start + jnp.arange(length, dtype=jnp.int32))
         return state, jax.tree.map(lambda x: x.astype(float).mean(0), infos)
 
-    return run
+    return run_chunk
 
 
 class _Store:
@@ -131,15 +140,19 @@ class _Store:
                 f"differ in {differ}. Nothing was changed. Choose another directory, or delete this one "
                 "to start anew."
             )
-        target = {"state": state, "history": history}
+        target = _storable({"state": state, "history": history})
         try:
             found = self.manager.restore(
                 done, args=ocp.args.Composite(run=ocp.args.StandardRestore(target))
             ).run
         except Exception as error:
             raise self.corrupt(done, error) from error
-        history = jax.tree.map(np.array, found["history"])
-        return int(done), found["state"], history
+        found = jax.tree.map(
+            lambda old, new: new if np.size(old) else old,
+            {"state": state, "history": history},
+            found,
+        )
+        return int(done), found["state"], jax.tree.map(np.array, found["history"])
 
     def corrupt(self, done: int, error: Exception) -> CheckpointError:
         return CheckpointError(
@@ -155,10 +168,15 @@ class _Store:
         self.manager.save(
             done,
             args=ocp.args.Composite(
-                run=ocp.args.StandardSave({"state": state, "history": history}),
+                run=ocp.args.StandardSave(_storable({"state": state, "history": history})),
                 job=ocp.args.JsonSave(self.job),
             ),
         )
 
     def close(self) -> None:
         self.manager.close()
+
+
+def _storable(tree: Any) -> Any:
+    """The tree with a stand-in for arrays of size zero, which Orbax refuses to write."""
+    return jax.tree.map(lambda x: x if np.size(x) else np.zeros(1, np.float32), tree)

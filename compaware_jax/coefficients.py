@@ -1,0 +1,360 @@
+"""Soft coefficients: how much of each group to keep, optimised together with the weights.
+
+Units of a group are ranked by a score. A group's coefficient says up to which rank its gates are open,
+with a soft edge, so one number per group has a gradient. Two searches with one interface find them: by
+gradient, jointly with the weights, and on a grid.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from compaware_jax.cost import Cost
+from compaware_jax.criteria import Apply, Criterion
+from compaware_jax.fit import Batches, Loss, adam_cosine, constrained, dual_ascent, fit_step, trainable
+from compaware_jax.groups import Groups
+from compaware_jax.importance import l2, ranks
+from compaware_jax.masks import apply_mask
+
+Score = Callable[[Groups, Any], jax.Array]
+"""``(groups, variables) -> scores over units``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What a search is for.
+
+    Attributes:
+      apply: the dense function.
+      loss: ``(apply, variables, batch) -> scalar``.
+      batches: ``step -> batch``.
+      groups: what can leave.
+      cost: what the budget limits.
+      criteria: constraints beside the budget.
+      score: ranks the units of a group.
+    """
+
+    apply: Apply
+    loss: Loss
+    batches: Batches
+    groups: Groups
+    cost: Cost
+    criteria: tuple[Criterion, ...] = ()
+    score: Score = l2
+
+
+class Search(NamedTuple):
+    """A search as pure functions, to be run by `run_steps`, jitted, or vmapped over budgets and keys.
+
+    Attributes:
+      init: ``(variables, budget, key, offset) -> state``; the budget is the fraction of the cost that may
+        stay, the offset the data position to start from.
+      step: ``(state, index) -> (state, info)``.
+      steps: how many steps it takes.
+      coefficients: ``state -> kept share per group``, shape (groups,), on the budget.
+      variables: ``state -> weights``, adapted where the search trains them.
+    """
+
+    init: Callable[[Any, Any, jax.Array, Any], Any]
+    step: Callable[[Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
+    steps: int
+    coefficients: Callable[[Any], jax.Array]
+    variables: Callable[[Any], Any]
+
+
+class SearchMethod(Protocol):
+    """A configured search: `GradientSearch` or `GridSearch`."""
+
+    def build(self, problem: Problem) -> Search:
+        """The search for a problem."""
+        ...
+
+
+def soft_gates(
+    groups: Groups, counts: jax.Array, rank: jax.Array, edge: jax.Array | float
+) -> jax.Array:
+    """Gates that are open for the best `counts[g]` units of a group, with a linear edge.
+
+    Args:
+      groups: what can leave.
+      counts: soft counts per group, shape (groups,).
+      rank: rank of each unit in its group, from 0, shape (units,).
+      edge: width of the edge as a share of the count; at least one unit wide.
+
+    Returns:
+      Shape (units,), in [0, 1]; whole counts and no edge give hard gates.
+    """
+    units, group = jnp.asarray(groups.sizes, counts.dtype), groups.group_of_unit
+    # The edge narrows as a group fills, so that a whole group has only open gates.
+    width = jnp.maximum(1.0, jnp.minimum(edge * counts, 2 * (units - counts) + 1))
+    return jnp.clip((counts[group] - rank - 0.5) / width[group] + 0.5, 0.0, 1.0)
+
+
+def on_budget(cost: Cost, log_share: jax.Array, budget: jax.Array) -> jax.Array:
+    """Shift log shares by a common amount so that the cost meets the budget.
+
+    Args:
+      cost: what the budget limits.
+      log_share: log of the kept share per group, shape (groups,), any offset.
+      budget: fraction of the dense cost.
+
+    Returns:
+      Log counts, shape (groups,), between 0 (one unit) and the whole group.
+    """
+    top = jnp.log(jnp.asarray(cost.units, log_share.dtype))
+    goal = budget * cost(jnp.exp(top))
+
+    def place(shift: jax.Array) -> jax.Array:
+        return jnp.clip(top + log_share + shift, 0.0, top)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = (low + high) / 2
+        over = cost(jnp.exp(place(middle))) > goal
+        return jnp.where(over, low, middle), jnp.where(over, middle, high)
+
+    # At the low end every group is down to one unit, at the high end every group is whole.
+    bounds = (-jnp.max(top + log_share), -jnp.min(log_share))
+    low, _ = jax.lax.fori_loop(0, 30, halve, bounds)
+    return place(low)
+
+
+class GradientState(NamedTuple):
+    """State of the gradient search; a pytree, so it vmaps and checkpoints.
+
+    Attributes:
+      variables: the weights, trained along.
+      log_share: log of the kept share per group, on the (ramped) budget.
+      optimizer: of the weights.
+      share_optimizer: of the log shares.
+      multipliers: one per trainable criterion.
+      price: moving mean of the budget's multiplier, relative to the loss: by how many percent the loss
+        falls when the budget grows by one percent.
+      budget: fraction of the dense cost that may stay.
+      key: source of the sampled allocations.
+      offset: data position of the first step.
+    """
+
+    variables: Any
+    log_share: jax.Array
+    optimizer: Any
+    share_optimizer: Any
+    multipliers: jax.Array
+    price: jax.Array
+    budget: jax.Array
+    key: jax.Array
+    offset: jax.Array
+
+
+@dataclass(frozen=True)
+class GradientSearch:
+    """Joint gradient descent on coefficients and weights.
+
+    Every step samples an allocation around the coefficients (log-normal), shifts it onto the budget
+    surface, opens the gates of each group's best units with a soft edge, and takes one gradient for
+    both. The coefficients' gradient is made tangent to the budget surface, by the multiplier that
+    solves the Lagrangian's stationarity in the least-squares sense, in closed form; so the budget holds
+    at every step and its multiplier needs no tuning. Criteria go in by augmented Lagrangian.
+
+    Sampling is what keeps this from starving a layer: units beyond the present edge are trained in a
+    part of the steps, so the gradient sees what they would be worth, not what untrained ones are worth.
+
+    Attributes:
+      steps: number of steps.
+      noise: standard deviation of the sampled log counts.
+      edge: width of the soft edge as a share of the kept count.
+      learning_rate: of the weights (Adam, cosine to a tenth).
+      travel: the coefficients' Adam learning rate times the steps: about how far, in log share, a
+        coefficient can go.
+      ramp: share of the steps in which the budget falls, log-linearly, from one to its target.
+      harden: share of the steps, the last ones, in which noise and edge fall to nothing.
+    """
+
+    steps: int = 1000
+    noise: float = 0.1
+    edge: float = 0.3
+    learning_rate: float = 2e-3
+    travel: float = 20.0
+    ramp: float = 0.3
+    harden: float = 0.25
+
+    def build(self, problem: Problem) -> Search:
+        """The search as pure functions."""
+        groups, cost = problem.groups, problem.cost
+        objective = constrained(problem.loss, problem.criteria)
+        weights_rule = optax.adam(
+            optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.1)
+        )
+        share_rule = optax.adam(
+            optax.cosine_decay_schedule(self.travel / self.steps, self.steps), b1=0.9, b2=0.99
+        )
+        top = np.log(groups.sizes)
+
+        def init(variables: Any, budget: Any, key: jax.Array, offset: Any) -> GradientState:
+            share = jnp.zeros(len(groups.groups))
+            return GradientState(
+                variables=variables,
+                log_share=share,
+                optimizer=weights_rule.init(variables),
+                share_optimizer=share_rule.init(share),
+                multipliers=jnp.zeros(len(trainable(problem.criteria))),
+                price=jnp.zeros(()),
+                budget=jnp.asarray(budget, float),
+                key=key,
+                offset=jnp.asarray(offset, jnp.int32),
+            )
+
+        def step(
+            state: GradientState, index: jax.Array
+        ) -> tuple[GradientState, dict[str, jax.Array]]:
+            progress = index / self.steps
+            soft = jnp.clip((1 - progress) / self.harden, 0.0, 1.0)
+            budget = state.budget ** jnp.clip(progress / self.ramp, 0.0, 1.0)
+            rank = ranks(groups, problem.score(groups, state.variables))
+            noise = jax.random.normal(jax.random.fold_in(state.key, index), state.log_share.shape)
+            sampled = on_budget(cost, state.log_share + soft * self.noise * noise, budget)
+
+            def value(log_counts: jax.Array, variables: Any) -> tuple[jax.Array, jax.Array]:
+                gates = soft_gates(groups, jnp.exp(log_counts), rank, soft * self.edge)
+                masked = apply_mask(groups, gates, variables)
+                batch = problem.batches(index + state.offset)
+                return objective(problem.apply, masked, batch, state.multipliers)
+
+            (total, violations), (by_count, by_weight) = jax.value_and_grad(
+                value, (0, 1), has_aux=True
+            )(sampled, state.variables)
+            tangent, price = _tangent(cost, sampled, by_count, sampled < top - 1e-4)
+
+            change, share_optimizer = share_rule.update(
+                tangent, state.share_optimizer, state.log_share
+            )
+            log_share = on_budget(cost, state.log_share + change, budget) - top
+            updates, optimizer = weights_rule.update(by_weight, state.optimizer, state.variables)
+            new = GradientState(
+                variables=optax.apply_updates(state.variables, updates),
+                log_share=log_share,
+                optimizer=optimizer,
+                share_optimizer=share_optimizer,
+                multipliers=dual_ascent(state.multipliers, violations),
+                price=0.98 * state.price + 0.02 * price / total,
+                budget=state.budget,
+                key=state.key,
+                offset=state.offset,
+            )
+            return new, {"loss": total, "share": jnp.exp(log_share), "price": new.price}
+
+        return Search(
+            init=init,
+            step=step,
+            steps=self.steps,
+            coefficients=lambda state: jnp.exp(state.log_share),
+            variables=lambda state: state.variables,
+        )
+
+
+def _tangent(
+    cost: Cost, log_counts: jax.Array, gradient: jax.Array, free: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradient along the budget surface, and the multiplier that makes it so.
+
+    Only groups that are not whole can pay for others, so only they set the multiplier.
+    """
+    by_cost = jax.grad(lambda x: jnp.log(cost(jnp.exp(x))))(log_counts)
+    price = -jnp.sum(free * gradient) / jnp.maximum(jnp.sum(free * by_cost), 1e-6)
+    return gradient + price * by_cost, price
+
+
+class GridState(NamedTuple):
+    """State of the grid search: the weights it starts from, the grid on the budget, losses so far."""
+
+    variables: Any
+    log_counts: jax.Array
+    losses: jax.Array
+    offset: jax.Array
+
+
+@dataclass(frozen=True)
+class GridSearch:
+    """Exhaustive search on a grid of relative coefficients, each tried by a short fine-tune.
+
+    The grid is the product of `levels` over all groups but the first, shifted onto the budget; points
+    that coincide there (a whole group stays whole) are tried once.
+
+    Attributes:
+      levels: factors on a group's share relative to the first group's.
+      steps_each: fine-tune steps per point, masked, from the dense weights.
+      learning_rate: of those (Adam, cosine to zero).
+      at_once: points tried together, by vmap.
+      validate: batches, beyond those of the fine-tune, whose mean loss scores a point.
+    """
+
+    levels: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    steps_each: int = 200
+    learning_rate: float = 2e-3
+    at_once: int = 4
+    validate: int = 4
+
+    def build(self, problem: Problem) -> Search:
+        """The search as pure functions; one step tries `at_once` points."""
+        groups, cost = problem.groups, problem.cost
+        levels = np.log(np.asarray(self.levels))
+        product = itertools.product(levels, repeat=max(len(groups.groups) - 1, 0))
+        grid = np.array([(0.0, *point) for point in product])
+        grid = np.concatenate([grid, grid[: -len(grid) % self.at_once]])
+
+        def init(variables: Any, budget: Any, key: jax.Array, offset: Any) -> GridState:
+            del key
+            points = jax.vmap(lambda x: on_budget(cost, x, jnp.asarray(budget, float)))(
+                jnp.asarray(grid)
+            )
+            return GridState(
+                variables, points, jnp.full(len(grid), jnp.inf), jnp.asarray(offset, jnp.int32)
+            )
+
+        def attempt(state: GridState, log_counts: jax.Array) -> jax.Array:
+            variables = state.variables
+            rank = ranks(groups, problem.score(groups, variables))
+            gates = soft_gates(groups, jnp.exp(log_counts), rank, 0.0)
+
+            def masked(tree: Any, *args: Any) -> Any:
+                return problem.apply(apply_mask(groups, gates, tree), *args)
+
+            def batches(index: jax.Array) -> Any:
+                return problem.batches(index + state.offset)
+
+            rule = adam_cosine(self.learning_rate, self.steps_each)
+            start, step = fit_step(masked, problem.loss, batches, rule, problem.criteria)
+            tuned, _ = jax.lax.scan(step, start(variables), jnp.arange(self.steps_each))
+            unseen = self.steps_each + jnp.arange(self.validate)
+            values = jax.lax.map(
+                lambda i: problem.loss(masked, tuned.variables, batches(i)), unseen
+            )
+            return values.mean()
+
+        def step(state: GridState, index: jax.Array) -> tuple[GridState, dict[str, jax.Array]]:
+            numbers = index * self.at_once + jnp.arange(self.at_once)
+            found = jax.vmap(lambda x: attempt(state, x))(state.log_counts[numbers])
+            losses = state.losses.at[numbers].set(found)
+            return state._replace(losses=losses), {"loss": losses.min()}
+
+        def coefficients(state: GridState) -> jax.Array:
+            best = state.log_counts[jnp.argmin(state.losses)]
+            return jnp.exp(best) / jnp.asarray(groups.sizes)
+
+        return Search(
+            init=init,
+            step=step,
+            steps=len(grid) // self.at_once,
+            coefficients=coefficients,
+            variables=lambda state: state.variables,
+        )
+
+

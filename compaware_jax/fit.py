@@ -1,0 +1,154 @@
+"""Training any function of variables: Adam on a cosine, criteria as constraints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from compaware_jax.criteria import Apply, Criterion
+from compaware_jax.loop import run_steps
+
+Loss = Callable[[Apply, Any, Any], jax.Array]
+"""``(apply, variables, batch) -> scalar``, differentiable in the variables."""
+
+Batches = Callable[[jax.Array], Any]
+"""``step -> batch``: a pure function, so that the step is the whole data position."""
+
+
+def constrained(
+    loss: Loss, criteria: Sequence[Criterion], *, strength: float = 1.0
+) -> Callable[[Apply, Any, Any, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The augmented Lagrangian of a loss under criteria.
+
+    With ``c = -margin`` (positive where a criterion fails), the term of each criterion is
+    ``(max(0, m + strength * c)^2 - m^2) / (2 * strength)``, in units of the current loss, so that the
+    strength needs no tuning to the loss' scale.
+
+    Args:
+      loss: ``(apply, variables, batch) -> scalar``.
+      criteria: constraints; those that are not trainable are left out.
+      strength: of the quadratic term.
+
+    Returns:
+      ``(apply, variables, batch, multipliers) -> (value, violations)``, both differentiable; violations
+      have shape (trainable criteria,) and are negative where a criterion is kept.
+    """
+    trained = trainable(criteria)
+
+    def value(
+        apply: Apply, variables: Any, batch: Any, multipliers: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        base = loss(apply, variables, batch)
+        if not trained:
+            return base, jnp.zeros(0)
+        violations = -jnp.stack([c.margin(c.metric(apply, variables, batch)) for c in trained])
+        raised = jnp.maximum(0.0, multipliers + strength * violations)
+        terms = (raised**2 - multipliers**2) / (2 * strength)
+        return base + jax.lax.stop_gradient(base) * terms.sum(), violations
+
+    return value
+
+
+def trainable(criteria: Sequence[Criterion]) -> tuple[Criterion, ...]:
+    """The criteria that are constraints while training."""
+    return tuple(c for c in criteria if c.trainable)
+
+
+def dual_ascent(
+    multipliers: jax.Array, violations: jax.Array, *, rate: float = 0.01
+) -> jax.Array:
+    """One step of the multipliers: up where a criterion fails, down to zero where it is kept."""
+    return jnp.maximum(0.0, multipliers + rate * violations)
+
+
+class FitState(NamedTuple):
+    """State of `fit`: variables, optimizer state, one multiplier per trainable criterion."""
+
+    variables: Any
+    optimizer: Any
+    multipliers: jax.Array
+
+
+def adam_cosine(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """Adam with a cosine from the learning rate to zero."""
+    return optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+
+
+def fit_step(
+    apply: Apply,
+    loss: Loss,
+    batches: Batches,
+    optimizer: optax.GradientTransformation,
+    criteria: Sequence[Criterion] = (),
+) -> tuple[
+    Callable[[Any], FitState],
+    Callable[[FitState, jax.Array], tuple[FitState, dict[str, jax.Array]]],
+]:
+    """The pure ``(init, step)`` pair that `fit` runs; vmap it to train several models at once."""
+    objective = constrained(loss, criteria)
+
+    def init(variables: Any) -> FitState:
+        return FitState(variables, optimizer.init(variables), jnp.zeros(len(trainable(criteria))))
+
+    def step(state: FitState, index: jax.Array) -> tuple[FitState, dict[str, jax.Array]]:
+        def value(variables: Any) -> tuple[jax.Array, jax.Array]:
+            return objective(apply, variables, batches(index), state.multipliers)
+
+        (total, violations), gradients = jax.value_and_grad(value, has_aux=True)(state.variables)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.variables)
+        variables = optax.apply_updates(state.variables, updates)
+        multipliers = dual_ascent(state.multipliers, violations)
+        return FitState(variables, optimizer_state, multipliers), {"loss": total}
+
+    return init, step
+
+
+def fit(
+    apply: Apply,
+    variables: Any,
+    loss: Loss,
+    batches: Batches,
+    steps: int,
+    *,
+    learning_rate: float = 1e-3,
+    criteria: Sequence[Criterion] = (),
+    label: str = "fit",
+    directory: str | os.PathLike[str] | None = None,
+    job: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """Train variables with Adam on a cosine, resumably.
+
+    Args:
+      apply: the function whose variables are trained.
+      variables: a pytree of float arrays, the start.
+      loss: ``(apply, variables, batch) -> scalar``.
+      batches: ``step -> batch``, pure.
+      steps: number of updates.
+      learning_rate: at the start; it falls to zero on a cosine.
+      criteria: constraints, by augmented Lagrangian.
+      label: what the progress bar says.
+      directory: for checkpoints; None for none.
+      job: what identifies the run, see `run_steps`.
+      progress: show a progress bar.
+
+    Returns:
+      The trained variables, and the history per chunk of steps.
+    """
+    init, step = fit_step(apply, loss, batches, adam_cosine(learning_rate, steps), criteria)
+    state, history = run_steps(
+        step,
+        init(variables),
+        steps,
+        label=label,
+        directory=directory,
+        job={"steps": steps, "learning_rate": learning_rate, **(job or {})},
+        progress=progress,
+    )
+    return state.variables, history

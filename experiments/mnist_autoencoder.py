@@ -1,0 +1,324 @@
+"""The main job: a trained MNIST autoencoder goes in, a smaller dense one that keeps its criteria comes out.
+
+Claim: at a tenth of the parameters, widths found by soft coefficients beat uniform widths clearly, at the
+same fine-tune.
+
+    python experiments/mnist_autoencoder.py                            # the embedded 5,000 digits, or tfds
+    python experiments/mnist_autoencoder.py --data tfds --budget 0.1   # full MNIST
+    python experiments/mnist_autoencoder.py --model conv
+
+Writes runs/<name>/: metrics.json, plan.json, timings.json, history.npz, PNG figures, report.html and
+checkpoints. Started again after an interruption, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from mnist_figures import digits_figure, latent_figure
+from mnist_task import (
+    Data,
+    Preset,
+    Task,
+    criteria_below,
+    criteria_marks,
+    latencies,
+    loss,
+    metrics_of,
+    share_text,
+)
+
+import compaware_jax as ca
+from compaware_jax.cost import COSTS
+from compaware_jax.importance import l2
+from compaware_jax.report import (
+    Section,
+    component_table,
+    html_report,
+    kept_units_figure,
+    save_figures,
+    trade_off_figure,
+    trajectory_figure,
+)
+from compaware_jax.select import keep_units, uniform_counts
+from compaware_jax.tables import text_table
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings; steps that are not given depend on the data and the model.
+
+    Attributes:
+      data: where the digits come from.
+      model: preset of the autoencoder.
+      budget: share of the parameters that may stay.
+      psnr_drop: dB of PSNR that may be lost.
+      ssim_drop: SSIM that may be lost.
+      knn_drop: latent k-NN accuracy that may be lost.
+      dense_steps: steps of the dense training.
+      dense_learning_rate: its learning rate (Adam, cosine to zero).
+      search: settings of the search.
+      fine_tune: steps after pruning, for every rival the same.
+      learning_rate: of those (Adam, cosine to zero).
+      batch: batch size.
+      seed: of everything random.
+      name: of the folder under `out`.
+      out: where runs are kept.
+    """
+
+    data: Data = "auto"
+    model: Preset = "dense"
+    budget: float = 0.1
+    psnr_drop: float = 0.3
+    ssim_drop: float = 0.02
+    knn_drop: float = 0.03
+    dense_steps: int | None = None
+    dense_learning_rate: float = 1e-3
+    search: ca.GradientSearch = field(default_factory=ca.GradientSearch)
+    fine_tune: int | None = None
+    learning_rate: float = 2e-3
+    batch: int = 128
+    seed: int = 0
+    name: str | None = None
+    out: Path = Path("runs")
+
+
+STEPS = {  # (dense, fine-tune) by model and data: to convergence of the dense model
+    ("dense", "tfds"): (6_000, 10_000),
+    ("dense", "embedded"): (3_000, 5_000),
+    ("conv", "tfds"): (6_000, 10_000),
+    ("conv", "embedded"): (2_000, 2_000),
+}
+
+
+def main(config: Config) -> None:
+    """Run the experiment and print its table."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    started = time.perf_counter()
+    task = Task(config.data, config.model, batch=config.batch, seed=config.seed)
+    dense_steps, fine_tune = STEPS[config.model, task.data.source]
+    dense_steps = config.dense_steps or dense_steps
+    fine_tune = config.fine_tune or fine_tune
+    name = config.name or f"{config.model}-{task.data.source}-{config.budget:g}"
+    folder = config.out / name
+    checkpoints = folder / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    print(task.data.note)
+
+    dense = task.dense(dense_steps, config.dense_learning_rate, checkpoints / "dense")
+    dense_metrics = metrics_of(task.model.apply, dense, task.held_out)
+    drops = {"psnr": config.psnr_drop, "ssim": config.ssim_drop, "knn": config.knn_drop}
+    criteria = criteria_below(dense_metrics, drops)
+    groups = task.groups(dense)
+    print(groups, "\n")
+
+    result = ca.compress(
+        task.model.apply,
+        dense,
+        loss,
+        task.batches,
+        groups=groups,
+        budget=ca.params(config.budget),
+        criteria=criteria,
+        held_out=task.held_out,
+        search=config.search,
+        fine_tune=fine_tune,
+        learning_rate=config.learning_rate,
+        key=task.search_key,
+        directory=checkpoints / "compress",
+    )
+    models: dict[str, tuple[Any, Any, ca.Plan | None]] = {
+        "dense": (task.model.apply, dense, None),
+        "compressed": (result.apply, result.variables, result.plan),
+    }
+
+    def rival(label: str, start: Any, plan: ca.Plan) -> None:
+        small = ca.slim(task.model.apply, plan)
+        where = checkpoints / label.replace(" ", "-").replace(",", "")
+        trained = task.fit(
+            label, small, ca.shrink(start, plan), fine_tune, config.learning_rate, where
+        )
+        models[label] = (small, trained, plan)
+
+    uniform = uniform_plan(groups, dense, config.budget)
+    fresh = task.model.init(jax.random.fold_in(task.init_key, 1))
+    rival("uniform L2", dense, uniform)
+    rival("from scratch, uniform widths", fresh, uniform)
+    rival("from scratch, our widths", fresh, result.plan)
+
+    rows = {n: describe(groups, task, m, criteria) for n, m in models.items()}
+    times = latencies({n: m[:2] for n, m in models.items()}, task.held_out["image"][:256])
+    result.plan.save(folder / "plan.json")
+    write_json(
+        folder / "metrics.json",
+        {
+            "config": {**asdict(config), "dense_steps": dense_steps, "fine_tune": fine_tune},
+            "data": {"source": task.data.source, "note": task.data.note},
+            "criteria": [str(c) for c in criteria],
+            "models": rows,
+            "coefficients": dict(
+                zip([g.name for g in groups.groups], result.coefficients.tolist(), strict=True)
+            ),
+            "components": component_table(groups, result.plan),
+        },
+    )
+    seconds = time.perf_counter() - started
+    write_json(folder / "timings.json", {"forward of 256, ms": times, "seconds in all": seconds})
+    np.savez(folder / "history.npz", **flat_history(result))
+    header, table = comparison(rows, times, criteria)
+    print("\n" + text_table(header, table, "held-out digits; forward of one batch of 256"))
+    print("criteria: " + "; ".join(str(c) for c in criteria))
+    write_report(folder, config, task, groups, result, models, rows, header, table, criteria)
+    print(f"\n{seconds:.0f} s; everything is in {folder}, the report in {folder / 'report.html'}")
+
+
+def uniform_plan(groups: ca.Groups, dense: Any, budget: float) -> ca.Plan:
+    """Same share of every group, best units by L2 norm; the latent is left alone, to the rival's favour."""
+    cost = COSTS["parameters"](groups)
+    whole = [i for i, group in enumerate(groups.groups) if group.coupling]
+    counts = uniform_counts(cost, ca.params(budget).limit(groups), whole=whole)
+    return ca.plan_units(groups, keep_units(groups, np.asarray(l2(groups, dense)), counts))
+
+
+def describe(
+    groups: ca.Groups, task: Task, model: tuple[Any, Any, ca.Plan | None], criteria: Any
+) -> dict[str, Any]:
+    """Costs, metrics and kept criteria of a model."""
+    apply, variables, plan = model
+    counts = groups.sizes if plan is None else np.array([kept for _, kept, _ in plan.counts])
+    metrics = metrics_of(apply, variables, task.held_out)
+    return {
+        "widths": counts.tolist(),
+        "parameters": COSTS["parameters"](groups).exact(counts),
+        "FLOPs": COSTS["flops"](groups).exact(counts),
+        "metrics": metrics,
+        "kept": criteria_marks(criteria, metrics),
+    }
+
+
+def comparison(
+    rows: Mapping[str, Any], times: Mapping[str, float], criteria: Any
+) -> tuple[list[str], list[list[object]]]:
+    """The table of the experiment."""
+    dense = rows["dense"]
+    header = ["model", "parameters", "left", "FLOPs left", *dense["metrics"], "ms", "speed-up"]
+    header += [f"{c.name} kept" for c in criteria]
+    table = []
+    for name, row in rows.items():
+        line: list[object] = [name, f"{row['parameters']:,}"]
+        line += [share_text(row[c], dense[c]) for c in ("parameters", "FLOPs")]
+        line += [f"{value:.2f}" if "dB" in n else f"{value:.3f}" for n, value in row["metrics"].items()]
+        line += [f"{times[name]:.2f}", f"{times['dense'] / times[name]:.1f}×"]
+        table.append(line + ["yes" if kept else "no" for kept in row["kept"]])
+    return header, table
+
+
+def write_report(
+    folder: Path,
+    config: Config,
+    task: Task,
+    groups: ca.Groups,
+    result: ca.Result,
+    models: Mapping[str, tuple[Any, Any, ca.Plan | None]],
+    rows: Mapping[str, Any],
+    header: list[str],
+    table: list[list[object]],
+    criteria: Any,
+) -> None:
+    """Figures and the HTML page."""
+    labels = np.asarray(task.held_out["label"])
+    first = np.concatenate([np.flatnonzero(labels == d)[:1] for d in range(10)])
+    outputs = {
+        n: jax.device_get(jax.jit(models[n][0])(models[n][1], task.held_out["image"][:2000]))
+        for n in ("dense", "compressed", "uniform L2")
+    }
+    digits = {"original": np.asarray(task.held_out["image"][first])}
+    digits |= {n: out["image"][first] for n, out in outputs.items()}
+    share = result.history["search"]["share"]
+    soft_cost = np.array(
+        [COSTS["parameters"](groups)(s * groups.sizes) / result.costs["parameters"][0] for s in share]
+    )
+    metric = "PSNR (dB)"
+    points = {
+        n: [(100 * row["parameters"] / rows["dense"]["parameters"], row["metrics"][metric])]
+        for n, row in rows.items()
+    }
+    falling = soft_cost > config.budget * 1.02
+    figures = {
+        "trade_off": trade_off_figure(
+            points,
+            metric=f"{metric}, held-out",
+            curve=(
+                100 * soft_cost[falling],
+                -10 * np.log10(result.history["search"]["loss"][falling]),
+            ),
+            curve_label="while the budget falls (training batches, not tuned)",
+        ),
+        "kept_units": kept_units_figure(groups, result.plan),
+        "coefficients": trajectory_figure(groups, share, config.search.steps),
+        "digits": digits_figure(digits),
+        "latent": latent_figure(
+            {n: outputs[n]["latent"] for n in ("dense", "compressed")}, labels[:2000]
+        ),
+    }
+    names = dict(zip(figures, save_figures(folder, figures), strict=True))
+    before, after = result.costs["parameters"]
+    verdict = "; ".join(
+        f"{v.criterion}: {'kept' if v.kept else 'NOT KEPT'} ({v.before:.4g} → {v.after:.4g})"
+        for v in result.verdicts
+    )
+    sections = [
+        Section(
+            "Answer",
+            f"{before:,} parameters went in, {after:,} came out ({after / before:.2%}; asked: at most "
+            f"{config.budget:.2%}).\n\n{verdict}.",
+        ),
+        Section("Comparison", "Every pruned rival had the same fine-tune.", header, table),
+        Section("Trade-off", figures=[names["trade_off"]]),
+        Section(
+            "What each component paid",
+            "",
+            ["component", "parameters before", "after", "left"],
+            component_table(groups, result.plan),
+            [names["kept_units"]],
+        ),
+        Section(
+            "Coefficients",
+            "Kept share of each group while coefficients and weights are optimised together.",
+            figures=[names["coefficients"]],
+        ),
+        Section("Digits", figures=[names["digits"]]),
+        Section("Latent space", figures=[names["latent"]]),
+        Section(
+            "What was not pruned, and why",
+            "",
+            ["axis", "indices", "because"],
+            [(f"{f.path}[{f.axis}]", f.indices, f.reason) for f in groups.fixed],
+        ),
+        Section("Data", task.data.note),
+    ]
+    warning = task.data.note if task.data.source == "embedded" else ""
+    html_report(folder / "report.html", f"MNIST autoencoder, {config.model}", sections, warning=warning)
+
+
+def flat_history(result: ca.Result) -> dict[str, np.ndarray]:
+    """Phases and their entries as one dict of arrays."""
+    return {f"{p}/{n}": a for p, entries in result.history.items() for n, a in entries.items()}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, readable by eye."""
+    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

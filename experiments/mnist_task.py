@@ -1,0 +1,131 @@
+"""The application that the MNIST experiments share: loss, criteria, the dense model, and its rivals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import compaware_jax as ca
+from compaware_jax.criteria import measure
+from compaware_jax.data import ImageSet, mnist, resident, whole
+from compaware_jax.metrics import knn_accuracy, psnr, ssim
+from compaware_jax.models import Autoencoder, autoencoder
+
+Data = Literal["auto", "tfds", "embedded"]
+Preset = Literal["dense", "conv"]
+Apply = Callable[..., dict[str, jax.Array]]
+Batch = dict[str, jax.Array]
+
+IMAGE = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+
+
+def loss(apply: Apply, variables: Any, batch: Batch) -> jax.Array:
+    """Mean squared error of the reconstruction."""
+    return jnp.mean((apply(variables, batch["image"])["image"] - batch["image"]) ** 2)
+
+
+def psnr_of(apply: Apply, variables: Any, batch: Batch) -> jax.Array:
+    """Peak signal-to-noise ratio of the reconstruction, in dB."""
+    return psnr(apply(variables, batch["image"])["image"], batch["image"])
+
+
+def ssim_of(apply: Apply, variables: Any, batch: Batch) -> jax.Array:
+    """Mean structural similarity of the reconstruction."""
+    return jnp.mean(ssim(apply(variables, batch["image"])["image"], batch["image"]))
+
+
+def knn_of(apply: Apply, variables: Any, batch: Batch) -> jax.Array:
+    """Leave-one-out 5-nearest-neighbour accuracy in the latent space."""
+    return knn_accuracy(apply(variables, batch["image"])["latent"], batch["label"])
+
+
+METRICS = {"PSNR (dB)": psnr_of, "SSIM": ssim_of, "k-NN": knn_of}
+
+
+def criteria_below(
+    dense: Mapping[str, float], drops: Mapping[str, float]
+) -> tuple[ca.Criterion, ...]:
+    """Criteria that allow each metric to fall by so much below the dense model's value."""
+    return tuple(
+        ca.at_least(name, METRICS[name], dense[name] - drop, trainable=metric is psnr_of)
+        for (name, metric), drop in zip(METRICS.items(), drops.values(), strict=True)
+    )
+
+
+def metrics_of(apply: Apply, variables: Any, batch: Batch) -> dict[str, float]:
+    """All metrics of a model on a batch."""
+    return measure([ca.at_least(n, m, 0.0) for n, m in METRICS.items()], apply, variables, batch)
+
+
+class Task:
+    """Data, model and dense training of one experiment."""
+
+    def __init__(self, data: Data, preset: Preset, *, batch: int, seed: int):
+        self.data: ImageSet = mnist(data)
+        self.model: Autoencoder = autoencoder(preset)
+        self.key = jax.random.key(seed)
+        data_key, self.init_key, self.search_key = jax.random.split(self.key, 3)
+        self.batches = resident(self.data.train, batch, data_key)
+        self.held_out = whole(self.data.test)
+
+    def dense(self, steps: int, learning_rate: float, directory: Path | None) -> Any:
+        """The dense model, trained; resumed if the directory holds a checkpoint."""
+        start = self.model.init(self.init_key)
+        return self.fit("dense", self.model.apply, start, steps, learning_rate, directory)
+
+    def fit(
+        self,
+        name: str,
+        apply: Apply,
+        variables: Any,
+        steps: int,
+        learning_rate: float,
+        directory: Path | None,
+    ) -> Any:
+        """Train a model on the task."""
+        return ca.fit(
+            apply,
+            variables,
+            loss,
+            self.batches,
+            steps,
+            learning_rate=learning_rate,
+            label=name,
+            directory=directory,
+            job={"name": name, "data": self.data.source},
+        )[0]
+
+    def groups(self, variables: Any) -> ca.Groups:
+        """The coupled channels; the latent is an output that may shrink."""
+        return ca.find_groups(self.model.apply, variables, IMAGE, released=("latent",))
+
+
+def latencies(
+    models: Mapping[str, tuple[Apply, Any]], image: jax.Array, *, rounds: int = 40
+) -> dict[str, float]:
+    """Median time of one forward pass in ms; models take turns, so that drift hits all alike."""
+    compiled = {name: (jax.jit(apply), v) for name, (apply, v) in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in compiled}
+    for number in range(rounds + 3):
+        for name, (apply, variables) in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(apply(variables, image))
+            if number >= 3:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def share_text(part: float, total: float) -> str:
+    """A share in percent."""
+    return f"{part / total:.1%}"
+
+
+def criteria_marks(criteria: Sequence[ca.Criterion], metrics: Mapping[str, float]) -> list[bool]:
+    """Which criteria the metrics keep."""
+    return [bool(c.margin(np.asarray(metrics[c.name])) >= 0) for c in criteria]
