@@ -10,16 +10,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Num
 
 from compaware_jax.cost import Cost
 from compaware_jax.criteria import Apply, Criterion
-from compaware_jax.fit import Batches, Loss, adam_cosine, constrained, dual_ascent, fit_step, trainable
+from compaware_jax.fit import (
+    Batches,
+    Loss,
+    adam_cosine,
+    constrained,
+    dual_ascent,
+    fit_step,
+    trainable,
+)
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2, ranks
 from compaware_jax.masks import apply_mask
@@ -70,6 +80,7 @@ class Search(NamedTuple):
     variables: Callable[[Any], Any]
 
 
+@runtime_checkable
 class SearchMethod(Protocol):
     """A configured search: `GradientSearch` or `GridSearch`."""
 
@@ -79,8 +90,11 @@ class SearchMethod(Protocol):
 
 
 def soft_gates(
-    groups: Groups, counts: jax.Array, rank: jax.Array, edge: jax.Array | float
-) -> jax.Array:
+    groups: Groups,
+    counts: Float[Array, " groups"],
+    rank: Num[Array, " units"],
+    edge: ArrayLike,
+) -> Float[Array, " units"]:
     """Gates that are open for the best `counts[g]` units of a group, with a linear edge.
 
     Args:
@@ -98,7 +112,9 @@ def soft_gates(
     return jnp.clip((counts[group] - rank - 0.5) / width[group] + 0.5, 0.0, 1.0)
 
 
-def on_budget(cost: Cost, log_share: jax.Array, budget: jax.Array) -> jax.Array:
+def on_budget(
+    cost: Cost, log_share: Float[Array, " groups"], budget: ArrayLike
+) -> Float[Array, " groups"]:
     """Shift log shares by a common amount so that the cost meets the budget.
 
     Args:
@@ -356,5 +372,3 @@ class GridSearch:
             coefficients=coefficients,
             variables=lambda state: state.variables,
         )
-
-

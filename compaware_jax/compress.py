@@ -164,7 +164,9 @@ def compress(
     )
     after = measure(criteria, small_apply, small, held_out) if criteria else {}
     verdicts = tuple(
-        Verdict(str(c), before[c.name], after[c.name], bool(c.margin(np.asarray(after[c.name])) >= 0))
+        Verdict(
+            str(c), before[c.name], after[c.name], bool(c.margin(np.asarray(after[c.name])) >= 0)
+        )
         for c in criteria
     )
     costs = {name: make(groups) for name, make in COSTS.items()}
@@ -213,4 +215,8 @@ def _digest(tree: Any) -> str:
 def _describe(method: Any) -> Any:
     settings = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
     # JSON has no tuples: a checkpoint's job has to compare equal after a round trip.
-    return {type(method).__name__: {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}
+    return {
+        type(method).__name__: {
+            k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()
+        }
+    }

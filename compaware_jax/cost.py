@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Num
 
 from compaware_jax.errors import BudgetError
 from compaware_jax.groups import Groups
@@ -40,14 +41,14 @@ class Cost:
     weights: np.ndarray
     units: np.ndarray
 
-    def __call__(self, counts: jax.Array) -> jax.Array:
+    def __call__(self, counts: Num[ArrayLike, " groups"]) -> Float[Array, ""]:
         """The cost of soft or hard counts, shape (groups,): a float scalar, differentiable."""
         counts = jnp.asarray(counts)
         dtype = jnp.result_type(counts, float)
         sizes = jnp.asarray(self.base, dtype) + jnp.asarray(self.per_unit, dtype) @ counts
         return jnp.asarray(self.weights, dtype) @ jnp.prod(sizes[self.terms], axis=1)
 
-    def exact(self, counts: np.ndarray) -> int:
+    def exact(self, counts: Int[np.ndarray, " groups"]) -> int:
         """The cost of whole counts, in integers."""
         sizes = self.base + self.per_unit @ np.asarray(counts, np.int64)
         return int(self.weights @ np.prod(sizes[self.terms], axis=1))

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array
 
 from compaware_jax.errors import CriterionError
 
@@ -41,7 +43,7 @@ class Criterion:
                 f"Criterion `{self.name}`: the threshold is {self.threshold}, expected a finite number."
             )
 
-    def margin(self, value: jax.Array) -> jax.Array:
+    def margin(self, value: ArrayLike) -> Array | np.ndarray | np.generic | float:
         """How far a value is on the right side of the threshold, as a share of the threshold."""
         scale = abs(self.threshold) or 1.0
         return (value - self.threshold if self.above else self.threshold - value) / scale

@@ -60,9 +60,7 @@ def trainable(criteria: Sequence[Criterion]) -> tuple[Criterion, ...]:
     return tuple(c for c in criteria if c.trainable)
 
 
-def dual_ascent(
-    multipliers: jax.Array, violations: jax.Array, *, rate: float = 0.01
-) -> jax.Array:
+def dual_ascent(multipliers: jax.Array, violations: jax.Array, *, rate: float = 0.01) -> jax.Array:
     """One step of the multipliers: up where a criterion fails, down to zero where it is kept."""
     return jnp.maximum(0.0, multipliers + rate * violations)
 

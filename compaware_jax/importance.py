@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Num
 
 from compaware_jax.groups import Groups
 from compaware_jax.masks import apply_mask
 
 
-def unit_sum(groups: Groups, tree: Any) -> jax.Array:
+def unit_sum(groups: Groups, tree: Any) -> Float[Array, " units"]:
     """Sum over everything that a unit holds (an element under two of its axes counts twice).
 
     Args:
@@ -35,7 +37,7 @@ def unit_sum(groups: Groups, tree: Any) -> jax.Array:
     return total[:-1]
 
 
-def ranks(groups: Groups, scores: jax.Array) -> jax.Array:
+def ranks(groups: Groups, scores: Num[ArrayLike, " units"]) -> Int[Array, " units"]:
     """Rank of each unit in its group by falling score, from 0, shape (units,); ties by position."""
     order = jnp.lexsort((-jnp.asarray(scores), groups.group_of_unit))
     offsets = np.concatenate([[0], np.cumsum(groups.sizes)[:-1]])
@@ -43,12 +45,12 @@ def ranks(groups: Groups, scores: jax.Array) -> jax.Array:
     return jnp.zeros(groups.units, int).at[order].set(within)
 
 
-def l1(groups: Groups, variables: Any) -> jax.Array:
+def l1(groups: Groups, variables: Any) -> Float[Array, " units"]:
     """Sum of the absolute values of a unit's weights, shape (units,)."""
     return unit_sum(groups, jax.tree.map(jnp.abs, variables))
 
 
-def l2(groups: Groups, variables: Any) -> jax.Array:
+def l2(groups: Groups, variables: Any) -> Float[Array, " units"]:
     """Euclidean norm of a unit's weights, shape (units,).
 
     References:
@@ -58,12 +60,12 @@ def l2(groups: Groups, variables: Any) -> jax.Array:
     return jnp.sqrt(unit_sum(groups, jax.tree.map(jnp.square, variables)))
 
 
-def random(groups: Groups, key: jax.Array) -> jax.Array:
+def random(groups: Groups, key: jax.Array) -> Float[Array, " units"]:
     """Uniform random scores, the control, shape (units,)."""
     return jax.random.uniform(key, (groups.units,))
 
 
-def taylor(groups: Groups, variables: Any, gradients: Any) -> jax.Array:
+def taylor(groups: Groups, variables: Any, gradients: Any) -> Float[Array, " units"]:
     """First-order Taylor: ``|sum of weight * gradient|`` over a unit, shape (units,).
 
     Args:
@@ -79,8 +81,8 @@ def taylor(groups: Groups, variables: Any, gradients: Any) -> jax.Array:
 
 
 def gradient_sensitivity(
-    groups: Groups, metric: Callable[[Any], jax.Array], variables: Any
-) -> jax.Array:
+    groups: Groups, metric: Callable[[Any], Array], variables: Any
+) -> Float[Array, " units"]:
     """How fast a metric changes with each unit's gate at one: ``|d metric / d gate|``.
 
     Args:
@@ -96,8 +98,8 @@ def gradient_sensitivity(
 
 
 def ablation(
-    groups: Groups, metric: Callable[[Any], jax.Array], variables: Any, *, at_once: int = 16
-) -> jax.Array:
+    groups: Groups, metric: Callable[[Any], Array], variables: Any, *, at_once: int = 16
+) -> Float[Array, " units"]:
     """How much a metric falls when each unit alone is removed: ``metric(all) - metric(without it)``.
 
     One compiled pass, vmapped over `at_once` units at a time.
@@ -122,12 +124,12 @@ def ablation(
 
 def group_ablation(
     groups: Groups,
-    metric: Callable[[Any], jax.Array],
+    metric: Callable[[Any], Array],
     variables: Any,
-    scores: jax.Array,
+    scores: Num[ArrayLike, " units"],
     *,
     share: float = 0.5,
-) -> jax.Array:
+) -> Float[Array, " groups"]:
     """How much a metric falls when each group alone gives up a share of its units.
 
     Args:

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Num
 
 from compaware_jax.groups import Groups
 
 
-def mask(groups: Groups, gates: jax.Array, variables: Any) -> Any:
+def mask(groups: Groups, gates: Num[ArrayLike, " units"], variables: Any) -> Any:
     """The mask of gates: each leaf the outer product of its axes' gates.
 
     Args:
@@ -22,11 +24,12 @@ def mask(groups: Groups, gates: jax.Array, variables: Any) -> Any:
     Returns:
       A pytree like `variables`; axes that no unit reaches have size 1 in it, so it broadcasts.
     """
+    gates = jnp.asarray(gates, float)
     leaves = [_outer(axes, gates) for axes in groups.units_of]
     return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 
 
-def apply_mask(groups: Groups, gates: jax.Array, variables: Any) -> Any:
+def apply_mask(groups: Groups, gates: Num[ArrayLike, " units"], variables: Any) -> Any:
     """``mask(gates) * variables``, differentiable in both.
 
     Args:
@@ -44,7 +47,7 @@ def apply_mask(groups: Groups, gates: jax.Array, variables: Any) -> Any:
     )
 
 
-def _outer(axes: tuple[np.ndarray, ...], gates: jax.Array) -> jax.Array:
+def _outer(axes: tuple[np.ndarray, ...], gates: Array) -> Array:
     padded = jnp.append(gates, jnp.ones((), gates.dtype))
     result = jnp.ones((1,) * len(axes), gates.dtype)
     for axis, units in enumerate(axes):
@@ -55,8 +58,8 @@ def _outer(axes: tuple[np.ndarray, ...], gates: jax.Array) -> jax.Array:
     return result
 
 
-def group_counts(groups: Groups, gates: jax.Array) -> jax.Array:
+def group_counts(groups: Groups, gates: Num[ArrayLike, " units"]) -> Float[Array, " groups"]:
     """Soft count of kept units per group: the sum of its gates, shape (groups,)."""
     return jax.ops.segment_sum(
-        gates, groups.group_of_unit, len(groups.groups), indices_are_sorted=True
+        jnp.asarray(gates, float), groups.group_of_unit, len(groups.groups), indices_are_sorted=True
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int, Num
 
 from compaware_jax.cost import Cost
 from compaware_jax.errors import BudgetError
@@ -13,7 +14,11 @@ from compaware_jax.groups import Groups
 from compaware_jax.importance import ranks
 
 
-def keep_units(groups: Groups, scores: jax.Array, counts: np.ndarray) -> np.ndarray:
+def keep_units(
+    groups: Groups,
+    scores: Num[ArrayLike, " units"],
+    counts: Int[np.ndarray, " groups"],
+) -> Bool[np.ndarray, " units"]:
     """The units to keep: the best `counts[g]` of every group.
 
     Where that would leave nothing of a guarded set, its best unit takes the place of the worst kept
@@ -35,8 +40,12 @@ def keep_units(groups: Groups, scores: jax.Array, counts: np.ndarray) -> np.ndar
 
 
 def round_counts(
-    cost: Cost, coefficients: np.ndarray, limit: int, *, floor: np.ndarray | None = None
-) -> np.ndarray:
+    cost: Cost,
+    coefficients: Float[np.ndarray, " groups"],
+    limit: int,
+    *,
+    floor: Int[np.ndarray, " groups"] | None = None,
+) -> Int[np.ndarray, " groups"]:
     """Whole counts in the coefficients' proportions, as close below a limit as units allow.
 
     All coefficients are scaled by a common factor to the largest counts that fit; single units, then
@@ -98,7 +107,9 @@ def _fill(
         counts = counts + max(better, key=lambda step: cost.exact(counts + step))
 
 
-def uniform_counts(cost: Cost, limit: int, *, whole: Sequence[int] = ()) -> np.ndarray:
+def uniform_counts(
+    cost: Cost, limit: int, *, whole: Sequence[int] = ()
+) -> Int[np.ndarray, " groups"]:
     """Counts that keep the same share of every group: what most pruners do.
 
     Args:

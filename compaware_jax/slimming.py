@@ -86,7 +86,9 @@ class _Run:
         return kept
 
     def read(self, value: int) -> Any:
-        return self.small[value] if value in self.small else self.analysis.program.constants[value]
+        if value not in self.small:
+            self.small[value] = jnp.asarray(self.analysis.program.constants[value])
+        return self.small[value]
 
     def equation(self, eqn: Equation, kept: list[Kept]) -> list[jax.Array] | None:
         operands = [Small(self.read(v), self.kept(v), self.analysis.zero(v)) for v in eqn.inputs]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from compaware_jax.errors import PlanError
@@ -175,7 +176,7 @@ def slim(
             analysis = analyse(program, released=chosen)
             analyses[key] = (analysis, _alive(analysis, plan))
         analysis, alive = analyses[key]
-        outputs, _ = run_small(analysis, alive, [*small_leaves, *rest])
+        outputs, _ = run_small(analysis, alive, [jnp.asarray(x) for x in (*small_leaves, *rest)])
         return jax.tree.unflatten(analysis.program.output_tree, outputs)
 
     return small_apply

@@ -117,7 +117,11 @@ def sweep(
     cost = COSTS[kinds.pop()](groups)
     method = search or GradientSearch()
     found = method.build(Problem(apply, loss, batches, groups, cost, criteria, score))
-    lanes = [(budget, limit, s) for budget, limit in zip(budgets, limits, strict=True) for s in range(seeds)]
+    lanes = [
+        (budget, limit, s)
+        for budget, limit in zip(budgets, limits, strict=True)
+        for s in range(seeds)
+    ]
     total = found.steps + fine_tune
 
     def tuner(gates: jax.Array, offset: jax.Array) -> Any:

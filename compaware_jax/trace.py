@@ -70,13 +70,8 @@ class Equation:
 
     def run(self, *operands: jax.Array) -> list[jax.Array]:
         """Run the traced equation unchanged, on operands of the traced shapes."""
-        by_var = {
-            var: operand
-            for var, operand in zip(self.source.invars, operands, strict=True)
-            if not isinstance(var, jex.Literal)
-        }
-        jaxpr = jex.Jaxpr((), list(by_var), self.source.outvars, [self.source])
-        return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*by_var.values())
+        results = self.primitive.bind(*operands, **self.primitive.get_bind_params(self.params))
+        return list(results) if self.primitive.multiple_results else [results]
 
 
 @dataclass(frozen=True, eq=False)

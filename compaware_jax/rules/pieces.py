@@ -142,8 +142,9 @@ register_rule(
 # --- pad, tile, concatenate ---------------------------------------------------------------------------
 
 
-def padded_positions(size: int, low: int, high: int, interior: int) -> np.ndarray:
+def padded_positions(size: int, padding: tuple[Any, Any, Any]) -> np.ndarray:
     """Which element of an axis stands where after `lax.pad`; -1 for padding."""
+    low, high, interior = (int(n) for n in padding)
     spread = np.full(max(size + (size - 1) * interior, 0), -1)
     spread[:: interior + 1] = np.arange(size)
     spread = np.pad(spread, (max(low, 0), max(high, 0)), constant_values=-1)
@@ -159,7 +160,7 @@ def _couple_pad(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
         ids = factor.ids
         for position, axis in enumerate(factor.axes):
             if config[axis] != (0, 0, 0):
-                source = padded_positions(x.shape[axis], *config[axis])
+                source = padded_positions(x.shape[axis], config[axis])
                 ids = np.moveaxis(np.take(ids, source, axis=position), position, 0)
                 new = ids[source < 0].shape
                 reason = f"padded by {eqn.where}"
@@ -184,7 +185,7 @@ def _slim_pad(
         if config[axis] == (0, 0, 0):
             continue
         if x.kept[axis] is not None or index is not None:
-            source = padded_positions(eqn.in_shapes[0][axis], *config[axis])
+            source = padded_positions(eqn.in_shapes[0][axis], config[axis])
             source = source if index is None else source[index]
             have = x.kept[axis]
             have = np.arange(eqn.in_shapes[0][axis]) if have is None else have

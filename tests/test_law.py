@@ -1,0 +1,154 @@
+"""The law: masked and slimmed are the same function, on every model, under every transform."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import compaware_jax as ca
+from compaware_jax.models import autoencoder
+from tests.law import distance, law_errors, random_keep
+from tests.models import MODELS
+from tests.programs import random_program
+
+pytestmark = pytest.mark.usefixtures("x64")
+TOLERANCE = 1e-10
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_law_on_models(model, share):
+    apply, variables, args = model
+    groups = ca.find_groups(apply, variables, *args)
+    keep = random_keep(groups, np.random.default_rng(int(10 * share)), share)
+    assert not keep.all()
+    assert max(law_errors(apply, variables, *args, keep=keep, groups=groups)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("preset", ["dense", "conv"])
+def test_law_on_autoencoders(preset):
+    model = autoencoder(preset)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda s: rng.normal(size=s.shape) * 0.1, jax.eval_shape(model.init, jax.random.key(0))
+    )
+    image = jnp.asarray(rng.random((2, 28, 28, 1)))
+    groups = ca.find_groups(model.apply, variables, image)
+    for share in (0.3, 0.7):
+        keep = random_keep(groups, rng, share)
+        errors = law_errors(model.apply, variables, image, keep=keep, groups=groups)
+        assert max(errors) <= TOLERANCE
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(seed=st.integers(0, 2**31), share=st.sampled_from([0.3, 0.7]))
+def test_law_on_random_programs(seed, share):
+    apply, variables, x = random_program(seed)
+    groups = ca.find_groups(apply, variables, x, strict=True)
+    keep = random_keep(groups, np.random.default_rng(seed), share)
+    assert max(law_errors(apply, variables, x, keep=keep, groups=groups)) <= TOLERANCE
+
+
+def small_model(model, share=0.5):
+    apply, variables, args = model
+    groups = ca.find_groups(apply, variables, *args)
+    keep = random_keep(groups, np.random.default_rng(0), share)
+    plan = ca.plan_units(groups, keep)
+    masked = ca.apply_mask(groups, jnp.asarray(keep, float), variables)
+    return apply, masked, ca.slim(apply, plan), ca.shrink(variables, plan), args
+
+
+def test_eager_equals_jit(model):
+    apply, masked, small_apply, small, args = small_model(model)
+    eager = small_apply(small, *args)
+    assert distance(jax.jit(small_apply)(small, *args), eager) <= TOLERANCE
+    assert distance(eager, apply(masked, *args)) <= TOLERANCE
+
+
+def test_other_batch_sizes(model):
+    apply, masked, small_apply, small, args = small_model(model)
+    for batch in (1, 7):
+        resized = [np.resize(x, (batch, *x.shape[1:])) for x in args]
+        assert distance(small_apply(small, *resized), apply(masked, *resized)) <= TOLERANCE
+
+
+def test_vmap_over_variables(model):
+    apply, masked, small_apply, small, args = small_model(model)
+    twice = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), small)
+    got = jax.vmap(partial(_swapped, small_apply), in_axes=(None, 0))(args, twice)
+    expected = jax.tree.map(
+        lambda a, b: jnp.stack([a, b]),
+        apply(masked, *args),
+        apply(jax.tree.map(lambda x: 2 * x, masked), *args),
+    )
+    assert distance(got, expected) <= TOLERANCE
+
+
+def _swapped(apply, args, variables):
+    return apply(variables, *args)
+
+
+def test_second_derivative(model):
+    apply, masked, small_apply, small, args = small_model(model)
+
+    def curvature(f, variables):
+        def along(t):
+            return f(jax.tree.map(lambda x: x * (1 + t), variables), *args).sum()
+
+        return jax.grad(jax.grad(along))(0.1)
+
+    assert distance(curvature(small_apply, small), curvature(apply, masked)) <= TOLERANCE
+
+
+def test_export(model):
+    apply, masked, small_apply, small, args = small_model(model)
+    exported = jax.export.export(jax.jit(small_apply))(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), small),
+        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args),
+    )
+    assert distance(exported.call(small, *args), apply(masked, *args)) <= TOLERANCE
+
+
+def test_small_function_is_small():
+    """No operation of the slimmed autoencoder runs at the full width of what was cut."""
+    model = autoencoder("dense")
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    groups = ca.find_groups(model.apply, variables, np.zeros((1, 28, 28, 1)))
+    keep = np.arange(groups.units) % 4 == 0
+    plan = ca.plan_units(groups, keep)
+    small = jax.eval_shape(lambda v: ca.shrink(v, plan), variables)
+    jaxpr = str(jax.make_jaxpr(ca.slim(model.apply, plan))(small, np.zeros((1, 28, 28, 1))))
+    assert ",512]" not in jaxpr
+    assert ",256]" not in jaxpr
+
+
+def test_released_latent_comes_out_smaller():
+    model = autoencoder("dense")
+    variables = model.init(jax.random.key(0))
+    image = jnp.asarray(np.random.default_rng(0).random((2, 28, 28, 1)))
+    groups = ca.find_groups(model.apply, variables, image, released=("latent",))
+    keep = np.ones(groups.units, bool)
+    latent = next(g for g in groups.groups if g.coupling)
+    keep[latent.offset + 3] = False
+    plan = ca.plan_units(groups, keep)
+    small = ca.shrink(variables, plan)
+    out = ca.slim(model.apply, plan)(small, image)["latent"]
+    encoded = ca.slim(model.encode, plan, released=("",))(small, image)
+    assert out.shape == (2, 31)
+    np.testing.assert_allclose(out, encoded, rtol=1e-6)
+    expected = np.delete(np.asarray(model.encode(variables, image)), 3, axis=1)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
