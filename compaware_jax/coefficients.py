@@ -8,7 +8,7 @@ gradient, jointly with the weights, and on a grid.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -112,9 +112,7 @@ def soft_gates(
     return jnp.clip((counts[group] - rank - 0.5) / width[group] + 0.5, 0.0, 1.0)
 
 
-def on_budget(
-    cost: Cost, log_share: Float[Array, " groups"], budget: ArrayLike
-) -> Float[Array, " groups"]:
+def on_budget(cost: Cost, log_share: Float[Array, " groups"], budget: ArrayLike) -> Float[Array, " groups"]:
     """Shift log shares by a common amount so that the cost meets the budget.
 
     Args:
@@ -131,7 +129,7 @@ def on_budget(
     def place(shift: jax.Array) -> jax.Array:
         return jnp.clip(top + log_share + shift, 0.0, top)
 
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = (low + high) / 2
         over = cost(jnp.exp(place(middle))) > goal
@@ -206,9 +204,7 @@ class GradientSearch:
         """The search as pure functions."""
         groups, cost = problem.groups, problem.cost
         objective = constrained(problem.loss, problem.criteria)
-        weights_rule = optax.adam(
-            optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.1)
-        )
+        weights_rule = optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.1))
         share_rule = optax.adam(
             optax.cosine_decay_schedule(self.travel / self.steps, self.steps), b1=0.9, b2=0.99
         )
@@ -228,9 +224,7 @@ class GradientSearch:
                 offset=jnp.asarray(offset, jnp.int32),
             )
 
-        def step(
-            state: GradientState, index: jax.Array
-        ) -> tuple[GradientState, dict[str, jax.Array]]:
+        def step(state: GradientState, index: jax.Array) -> tuple[GradientState, dict[str, jax.Array]]:
             progress = index / self.steps
             soft = jnp.clip((1 - progress) / self.harden, 0.0, 1.0)
             budget = state.budget ** jnp.clip(progress / self.ramp, 0.0, 1.0)
@@ -244,14 +238,13 @@ class GradientSearch:
                 batch = problem.batches(index + state.offset)
                 return objective(problem.apply, masked, batch, state.multipliers)
 
-            (total, violations), (by_count, by_weight) = jax.value_and_grad(
-                value, (0, 1), has_aux=True
-            )(sampled, state.variables)
+            (total, violations), (by_count, by_weight) = jax.value_and_grad(value, (0, 1), has_aux=True)(
+                sampled, state.variables
+            )
             tangent, price = _tangent(cost, sampled, by_count, sampled < top - 1e-4)
 
-            change, share_optimizer = share_rule.update(
-                tangent, state.share_optimizer, state.log_share
-            )
+            change: Any
+            change, share_optimizer = share_rule.update(tangent, state.share_optimizer, state.log_share)
             log_share = on_budget(cost, state.log_share + change, budget) - top
             updates, optimizer = weights_rule.update(by_weight, state.optimizer, state.variables)
             new = GradientState(
@@ -328,12 +321,8 @@ class GridSearch:
 
         def init(variables: Any, budget: Any, key: jax.Array, offset: Any) -> GridState:
             del key
-            points = jax.vmap(lambda x: on_budget(cost, x, jnp.asarray(budget, float)))(
-                jnp.asarray(grid)
-            )
-            return GridState(
-                variables, points, jnp.full(len(grid), jnp.inf), jnp.asarray(offset, jnp.int32)
-            )
+            points = jax.vmap(lambda x: on_budget(cost, x, jnp.asarray(budget, float)))(jnp.asarray(grid))
+            return GridState(variables, points, jnp.full(len(grid), jnp.inf), jnp.asarray(offset, jnp.int32))
 
         def attempt(state: GridState, log_counts: jax.Array) -> jax.Array:
             variables = state.variables
@@ -350,9 +339,7 @@ class GridSearch:
             start, step = fit_step(masked, problem.loss, batches, rule, problem.criteria)
             tuned, _ = jax.lax.scan(step, start(variables), jnp.arange(self.steps_each))
             unseen = self.steps_each + jnp.arange(self.validate)
-            values = jax.lax.map(
-                lambda i: problem.loss(masked, tuned.variables, batches(i)), unseen
-            )
+            values = jax.lax.map(lambda i: problem.loss(masked, tuned.variables, batches(i)), unseen)
             return values.mean()
 
         def step(state: GridState, index: jax.Array) -> tuple[GridState, dict[str, jax.Array]]:

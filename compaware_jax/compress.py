@@ -16,7 +16,7 @@ import numpy as np
 from compaware_jax.coefficients import GradientSearch, Problem, Score, SearchMethod
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion, Verdict, check_dense, measure
-from compaware_jax.errors import PlanError, TraceError
+from compaware_jax.errors import CriterionError, PlanError
 from compaware_jax.fit import Batches, Loss, fit
 from compaware_jax.groups import Groups, fingerprint, leaves_of
 from compaware_jax.importance import l2
@@ -112,7 +112,9 @@ def compress(
     limit = budget.limit(groups)
     criteria = tuple(criteria)
     if criteria and held_out is None:
-        raise TraceError("compress: criteria need held_out, the batch that they are measured on.")
+        raise CriterionError(
+            "compress: criteria need held_out, the batch that they are measured on; got None."
+        )
     before = measure(criteria, apply, variables, held_out) if criteria else {}
     if not allow_failing:
         check_dense(criteria, before)
@@ -163,12 +165,7 @@ def compress(
         progress=progress,
     )
     after = measure(criteria, small_apply, small, held_out) if criteria else {}
-    verdicts = tuple(
-        Verdict(
-            str(c), before[c.name], after[c.name], bool(c.margin(np.asarray(after[c.name])) >= 0)
-        )
-        for c in criteria
-    )
+    verdicts = tuple(Verdict(str(c), before[c.name], after[c.name], c.keeps(after[c.name])) for c in criteria)
     costs = {name: make(groups) for name, make in COSTS.items()}
     return Result(
         apply=small_apply,
@@ -215,8 +212,4 @@ def _digest(tree: Any) -> str:
 def _describe(method: Any) -> Any:
     settings = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
     # JSON has no tuples: a checkpoint's job has to compare equal after a round trip.
-    return {
-        type(method).__name__: {
-            k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()
-        }
-    }
+    return {type(method).__name__: {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}

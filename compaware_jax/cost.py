@@ -22,8 +22,9 @@ from compaware_jax.propagate import work_axes
 
 @dataclass(frozen=True, eq=False)
 class Cost:
-    """A cost as a polynomial of kept counts: ``sum_t weights[t] * prod_d sizes[terms[t, d]]`` with
-    ``sizes = base + per_unit @ counts``.
+    """A cost as a polynomial of kept counts.
+
+    It is ``sum_t weights[t] * prod_d sizes[terms[t, d]]`` with ``sizes = base + per_unit @ counts``.
 
     Attributes:
       name: what is counted.
@@ -75,8 +76,10 @@ def byte_cost(groups: Groups) -> Cost:
 
 
 def flop_cost(groups: Groups) -> Cost:
-    """FLOPs of one call at the traced input shapes: two per multiply-add of contractions and
-    convolutions (element-wise work is not counted, as is usual)."""
+    """FLOPs of one call at the traced input shapes.
+
+    Two per multiply-add of contractions and convolutions; element-wise work is not counted, as is usual.
+    """
     builder = _Builder(groups)
     labels = groups.analysis.labels
     for pairs in work_axes(groups.analysis.program):

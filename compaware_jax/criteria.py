@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from compaware_jax.errors import CriterionError
@@ -43,7 +42,11 @@ class Criterion:
                 f"Criterion `{self.name}`: the threshold is {self.threshold}, expected a finite number."
             )
 
-    def margin(self, value: ArrayLike) -> Array | np.ndarray | np.generic | float:
+    def keeps(self, value: float) -> bool:
+        """Whether a measured value keeps the criterion; one that is not a number does not."""
+        return value >= self.threshold if self.above else value <= self.threshold
+
+    def margin(self, value: Array) -> Array:
         """How far a value is on the right side of the threshold, as a share of the threshold."""
         scale = abs(self.threshold) or 1.0
         return (value - self.threshold if self.above else self.threshold - value) / scale
@@ -72,9 +75,7 @@ class Verdict:
     kept: bool
 
 
-def measure(
-    criteria: Sequence[Criterion], apply: Apply, variables: Any, batch: Any
-) -> dict[str, float]:
+def measure(criteria: Sequence[Criterion], apply: Apply, variables: Any, batch: Any) -> dict[str, float]:
     """The value of every criterion's metric.
 
     Args:
@@ -96,7 +97,7 @@ def check_dense(criteria: Sequence[Criterion], before: dict[str, float]) -> None
     Raises:
       CriterionError: says which and by how much.
     """
-    failed = [c for c in criteria if not c.margin(np.asarray(before[c.name])) >= 0]
+    failed = [c for c in criteria if not c.keeps(before[c.name])]
     if failed:
         raise CriterionError(
             "compress: the dense model already fails "

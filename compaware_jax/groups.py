@@ -138,8 +138,7 @@ class Groups:
                 "coupling" if group.coupling else "intra",
                 group.parameters,
                 ", ".join(
-                    f"{path}[{axis}]" + (f"×{times}" if times > 1 else "")
-                    for path, axis, times in group.axes
+                    f"{path}[{axis}]" + (f"×{times}" if times > 1 else "") for path, axis, times in group.axes
                 ),
             )
             for group in self.groups
@@ -164,8 +163,7 @@ def default_component(path: str) -> str:
 def leaves_of(variables: Any) -> tuple[Leaf, ...]:
     """The leaves of a variables tree, in tree order."""
     return tuple(
-        Leaf(path, tuple(leaf.shape), str(np.dtype(leaf.dtype)))
-        for path, leaf in named_leaves(variables)
+        Leaf(path, tuple(leaf.shape), str(np.dtype(leaf.dtype))) for path, leaf in named_leaves(variables)
     )
 
 
@@ -309,9 +307,7 @@ def _first_use(analysis: Analysis) -> tuple[list[int], tuple[str, ...]]:
 def _work_labels(analysis: Analysis) -> list[np.ndarray]:
     return [
         labels
-        for value, axis in dict.fromkeys(
-            pair for pairs in work_axes(analysis.program) for pair in pairs
-        )
+        for value, axis in dict.fromkeys(pair for pairs in work_axes(analysis.program) for pair in pairs)
         if (labels := analysis.labels(value)[axis]) is not None
     ]
 
@@ -338,9 +334,7 @@ def _signatures(
     return np.flatnonzero(free & on_leaf), first, signature
 
 
-def _fixed_axis(
-    analysis: Analysis, leaf: Leaf, axis: int, value: int, units: np.ndarray
-) -> FixedAxis:
+def _fixed_axis(analysis: Analysis, leaf: Leaf, axis: int, value: int, units: np.ndarray) -> FixedAxis:
     factor = next(f for f in analysis.factors[value] if axis in f.axes)
     classes = analysis.solution.labels[factor.ids][units < 0]
     for label in classes:
@@ -423,6 +417,4 @@ def _guarded(
             if len(units) and units[0] >= 0:
                 sets[units.tobytes()] = units
     whole = [set(range(g.offset, g.offset + g.units)) for g in groups]
-    return tuple(
-        units for units in sets.values() if not any(w <= set(units.tolist()) for w in whole)
-    )
+    return tuple(units for units in sets.values() if not any(w <= set(units.tolist()) for w in whole))

@@ -64,17 +64,13 @@ def run_steps(
         )
     compiled = jax.jit(_chunk_runner(step), static_argnames="length")
     shapes = jax.eval_shape(lambda s: step(s, jnp.zeros((), jnp.int32))[1], state)
-    history = {
-        name: np.full((chunks, *info.shape), np.nan, np.float64) for name, info in shapes.items()
-    }
+    history = {name: np.full((chunks, *info.shape), np.nan, np.float64) for name, info in shapes.items()}
     store = None if directory is None else _Store(Path(directory), dict(job or {}))
     done = 0
     try:
         if store is not None:
             done, state, history = store.restore(state, history)
-        with tqdm(
-            total=steps, initial=min(done * chunk, steps), desc=label, disable=not progress
-        ) as bar:
+        with tqdm(total=steps, initial=min(done * chunk, steps), desc=label, disable=not progress) as bar:
             try:
                 while done < chunks:
                     start = done * chunk
@@ -86,9 +82,7 @@ def run_steps(
                         history[name][done] = value
                     done += 1
                     bar.update(length)
-                    bar.set_postfix(
-                        {n: f"{h[done - 1]:.4g}" for n, h in history.items() if h.ndim == 1}
-                    )
+                    bar.set_postfix({n: f"{h[done - 1]:.4g}" for n, h in history.items() if h.ndim == 1})
                     if store is not None and (done % every == 0 or done == chunks):
                         store.save(done, state, history)
             except KeyboardInterrupt:
@@ -124,35 +118,28 @@ class _Store:
         done = self.manager.latest_step()
         if done is None:
             return 0, state, history
-        try:
-            meta = self.manager.restore(done, args=ocp.args.Composite(job=ocp.args.JsonRestore()))
-        except Exception as error:
-            raise self.corrupt(done, error) from error
-        if meta.job != self.job:
-            names = sorted(set(meta.job) | set(self.job))
+        job = self.read(done, job=ocp.args.JsonRestore()).job
+        if job != self.job:
             differ = {
-                name: (meta.job.get(name), self.job.get(name))
-                for name in names
-                if meta.job.get(name) != self.job.get(name)
+                name: (job.get(name), self.job.get(name))
+                for name in sorted(set(job) | set(self.job))
+                if job.get(name) != self.job.get(name)
             }
             raise CheckpointError(
                 f"run_steps: {self.directory} holds a checkpoint of another job; (found, expected) "
                 f"differ in {differ}. Nothing was changed. Choose another directory, or delete this one "
                 "to start anew."
             )
-        target = _storable({"state": state, "history": history})
+        kept = {"state": state, "history": history}
+        found = self.read(done, run=ocp.args.StandardRestore(_storable(kept))).run
+        found = jax.tree.map(lambda old, new: new if np.size(old) else old, kept, found)
+        return int(done), found["state"], jax.tree.map(np.array, found["history"])
+
+    def read(self, done: int, **items: Any) -> Any:
         try:
-            found = self.manager.restore(
-                done, args=ocp.args.Composite(run=ocp.args.StandardRestore(target))
-            ).run
+            return self.manager.restore(done, args=ocp.args.Composite(**items))
         except Exception as error:
             raise self.corrupt(done, error) from error
-        found = jax.tree.map(
-            lambda old, new: new if np.size(old) else old,
-            {"state": state, "history": history},
-            found,
-        )
-        return int(done), found["state"], jax.tree.map(np.array, found["history"])
 
     def corrupt(self, done: int, error: Exception) -> CheckpointError:
         return CheckpointError(

@@ -41,9 +41,7 @@ def psnr(
     return 10.0 * jnp.log10(peak**2 / jnp.mean(jnp.square(images - reference)))
 
 
-def ssim(
-    images: Float[ArrayLike, "*images"], reference: Float[ArrayLike, "*reference"]
-) -> Float[Array, ""]:
+def ssim(images: Float[ArrayLike, "*images"], reference: Float[ArrayLike, "*reference"]) -> Float[Array, ""]:
     """Mean structural similarity, window gaussian 11x11 with sigma 1.5, without unit, at most 1.
 
     Can be jitted, vmapped and differentiated.

@@ -76,8 +76,7 @@ class Plan:
         try:
             data = json.loads(text)
             leaves = tuple(
-                Leaf(entry["path"], tuple(entry["shape"]), entry["dtype"])
-                for entry in data["leaves"]
+                Leaf(entry["path"], tuple(entry["shape"]), entry["dtype"]) for entry in data["leaves"]
             )
             kept = tuple(
                 tuple(None if index is None else tuple(index) for index in entry["kept"])
@@ -113,9 +112,7 @@ class Plan:
 
 def _check_indices(leaf: Leaf, axes: Sequence[Indices | None]) -> None:
     if len(axes) != len(leaf.shape):
-        raise PlanError(
-            f"Plan: `{leaf.path}` has {len(leaf.shape)} axes, the plan lists {len(axes)}."
-        )
+        raise PlanError(f"Plan: `{leaf.path}` has {len(leaf.shape)} axes, the plan lists {len(axes)}.")
     for axis, (size, index) in enumerate(zip(leaf.shape, axes, strict=True)):
         if index is None:
             continue
@@ -160,10 +157,7 @@ def plan_units(groups: Groups, keep: Any) -> Plan:
     # Fixed indices carry unit -1: the flag behind the last unit.
     flags = np.append(keep, True)
     kept = tuple(
-        tuple(
-            None if flags[units].all() else tuple(np.flatnonzero(flags[units]).tolist())
-            for units in axes
-        )
+        tuple(None if flags[units].all() else tuple(np.flatnonzero(flags[units]).tolist()) for units in axes)
         for axes in groups.units_of
     )
     counts = tuple((g.name, int(keep[g.slice].sum()), g.units) for g in groups.groups)

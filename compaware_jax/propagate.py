@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
@@ -132,26 +133,20 @@ def work_axes(program: Program) -> list[list[tuple[int, int]]]:
 
 def _leaf(ledger: Ledger, shape: tuple[int, ...]) -> Tracked:
     # Size-1 axes are never tracked: a learned scale of shape (1,) would unite everything.
-    return Tracked(
-        shape, tuple(Factor((a,), ledger.fresh(n), True) for a, n in enumerate(shape) if n > 1)
-    )
+    return Tracked(shape, tuple(Factor((a,), ledger.fresh(n), True) for a, n in enumerate(shape) if n > 1))
 
 
 def _data(ledger: Ledger, shape: tuple[int, ...], what: str) -> Tracked:
     return Tracked(
         shape,
-        tuple(
-            Factor((a,), ledger.fresh_fixed(n, reason=what), True)
-            for a, n in enumerate(shape)
-            if n > 1
-        ),
+        tuple(Factor((a,), ledger.fresh_fixed(n, reason=what), True) for a, n in enumerate(shape) if n > 1),
     )
 
 
 @dataclass(eq=False)
 class _Propagation:
     ledger: Ledger
-    constants: Mapping[int, object]
+    constants: Mapping[int, Any]
     strict: bool
     values: dict[int, Tracked] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
@@ -166,11 +161,7 @@ class _Propagation:
     def read(self, value: int) -> Tracked:
         if value not in self.values:
             constant = self.constants[value]
-            uniform = None
-            if not isinstance(constant, jax.core.Tracer) and np.shape(constant) == ():
-                number = np.asarray(constant) if _is_number(constant) else None
-                uniform = None if number is None else float(number.real)
-            self.values[value] = Tracked(np.shape(constant), (), uniform)
+            self.values[value] = Tracked(np.shape(constant), (), _number(constant))
         return self.values[value]
 
     def equation(self, eqn: Equation, inputs: list[Tracked]) -> list[Tracked]:
@@ -199,10 +190,15 @@ class _Propagation:
         return Analysis(program, factors, _solve(self.ledger, joint), tuple(self.unknown))
 
 
-def _is_number(constant: object) -> bool:
-    return np.issubdtype(getattr(constant, "dtype", type(constant)), np.number) or isinstance(
-        constant, (bool, np.bool_)
-    )
+def _number(constant: Any) -> float | None:
+    """A constant scalar as a real number, where it is one and its value is known."""
+    if np.shape(constant) != () or not jax.dtypes.issubdtype(jax.dtypes.result_type(constant), np.number):
+        return None
+    try:
+        number = complex(constant)
+    except jax.errors.ConcretizationTypeError:
+        return None
+    return number.real if number.imag == 0 else None
 
 
 def _solve(ledger: Ledger, joint: Iterable[Factor]) -> Solution:

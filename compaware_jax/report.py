@@ -13,10 +13,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from compaware_jax.groups import Groups
 from compaware_jax.plan import Plan
@@ -25,7 +27,7 @@ from compaware_jax.plan import Plan
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 WIDTH = 7.2
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -84,9 +86,7 @@ def kept_units_figure(groups: Groups, plan: Plan) -> Figure:
     colours = component_colours(groups)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.42 * len(names)))
-        for row, (group, (_, kept, units)) in enumerate(
-            zip(groups.groups, plan.counts, strict=True)
-        ):
+        for row, (group, (_, kept, units)) in enumerate(zip(groups.groups, plan.counts, strict=True)):
             label = " + ".join(group.components)
             axes.barh(row, 100, color="0.92")
             axes.barh(row, 100 * kept / units, color=colours[label])
@@ -97,10 +97,8 @@ def kept_units_figure(groups: Groups, plan: Plan) -> Figure:
         axes.set_xticks([0, 25, 50, 75, 100])
         axes.set_xlabel("units kept (%)")
         axes.grid(axis="y", visible=False)
-        handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()]
-        figure.legend(
-            handles, list(colours), fontsize=9, ncols=len(colours), loc="outside upper left"
-        )
+        handles = [Rectangle((0, 0), 1, 1, color=c) for c in colours.values()]
+        figure.legend(handles, list(colours), fontsize=9, ncols=len(colours), loc="outside upper left")
     return figure
 
 

@@ -82,9 +82,7 @@ def round_counts(
     return _fill(cost, scaled(low), low * share, limit, floor)
 
 
-def _fill(
-    cost: Cost, counts: np.ndarray, wanted: np.ndarray, limit: int, floor: np.ndarray
-) -> np.ndarray:
+def _fill(cost: Cost, counts: np.ndarray, wanted: np.ndarray, limit: int, floor: np.ndarray) -> np.ndarray:
     one = np.eye(len(counts), dtype=int)
 
     def fits(step: np.ndarray) -> bool:
@@ -97,9 +95,7 @@ def _fill(
     while True:
         single = [g for g in range(len(one)) if fits(one[g])]
         if single:
-            counts = (
-                counts + one[max(single, key=lambda g: (wanted[g] - counts[g]) / cost.units[g])]
-            )
+            counts = counts + one[max(single, key=lambda g: (wanted[g] - counts[g]) / cost.units[g])]
             continue
         better = [step for step in exchanges if fits(step)]
         if not better or cost.exact(counts) >= 0.999 * limit:
@@ -107,9 +103,7 @@ def _fill(
         counts = counts + max(better, key=lambda step: cost.exact(counts + step))
 
 
-def uniform_counts(
-    cost: Cost, limit: int, *, whole: Sequence[int] = ()
-) -> Int[np.ndarray, " groups"]:
+def uniform_counts(cost: Cost, limit: int, *, whole: Sequence[int] = ()) -> Int[np.ndarray, " groups"]:
     """Counts that keep the same share of every group: what most pruners do.
 
     Args:

@@ -69,9 +69,7 @@ class _Run:
             results = self.equation(eqn, kept)
             if results is None:
                 self.uncut.append(eqn.where)
-                results = [
-                    take(self.whole(v), index) for v, index in zip(eqn.outputs, kept, strict=True)
-                ]
+                results = [take(self.whole(v), index) for v, index in zip(eqn.outputs, kept, strict=True)]
             self.small.update(zip(eqn.outputs, results, strict=True))
         return [self.read(v) for v in block.outputs]
 

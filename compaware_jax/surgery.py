@@ -133,10 +133,10 @@ def _templates(plan: Plan, full: bool) -> dict[tuple, list[list[int]]]:
     return result
 
 
-def slim(
-    apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ()
-) -> Callable[..., Any]:
-    """The small function: ``slim(apply, plan)(shrink(variables, plan), *args)`` equals
+def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ()) -> Callable[..., Any]:
+    """The small function.
+
+    ``slim(apply, plan)(shrink(variables, plan), *args)`` equals
     ``apply(expand(shrink(variables, plan), plan), *args)`` up to the order of summation.
 
     The function is traced again for every new input shape, so it takes any batch size, and it composes

@@ -117,11 +117,7 @@ def sweep(
     cost = COSTS[kinds.pop()](groups)
     method = search or GradientSearch()
     found = method.build(Problem(apply, loss, batches, groups, cost, criteria, score))
-    lanes = [
-        (budget, limit, s)
-        for budget, limit in zip(budgets, limits, strict=True)
-        for s in range(seeds)
-    ]
+    lanes = [(budget, limit, s) for budget, limit in zip(budgets, limits, strict=True) for s in range(seeds)]
     total = found.steps + fine_tune
 
     def tuner(gates: jax.Array, offset: jax.Array) -> Any:
@@ -195,9 +191,7 @@ def _points(
 ) -> tuple[Point, ...]:
     masked = jax.vmap(lambda g, v: apply_mask(groups, g, v))(state.gates, state.tune.variables)
     # One lane at a time: a held-out set is much larger than a batch.
-    values = jax.lax.map(
-        lambda v: jnp.array([c.metric(apply, v, held_out) for c in criteria]), masked
-    )
+    values = jax.lax.map(lambda v: jnp.array([c.metric(apply, v, held_out) for c in criteria]), masked)
     shares = np.asarray(jax.vmap(found.coefficients)(state.search))
     points = []
     for i, (budget, _, seed) in enumerate(lanes):
@@ -211,7 +205,7 @@ def _points(
                 variables=shrink(jax.tree.map(lambda x, i=i: x[i], state.tune.variables), plan),
                 cost=(cost.exact(np.array([kept for _, kept, _ in plan.counts])), cost.total),
                 metrics=metrics,
-                kept={c.name: bool(c.margin(np.asarray(metrics[c.name])) >= 0) for c in criteria},
+                kept={c.name: c.keeps(metrics[c.name]) for c in criteria},
                 coefficients=shares[i],
             )
         )

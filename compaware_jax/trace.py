@@ -8,6 +8,7 @@ beside them, with ids of its own at every call site.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,12 +51,12 @@ class Equation:
     @property
     def in_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Full shapes of the inputs."""
-        return tuple(var.aval.shape for var in self.source.invars)
+        return tuple(_shape(var) for var in self.source.invars)
 
     @property
     def out_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Full shapes of the outputs."""
-        return tuple(var.aval.shape for var in self.source.outvars)
+        return tuple(_shape(var) for var in self.source.outvars)
 
     @property
     def where(self) -> str:
@@ -63,9 +64,7 @@ class Equation:
         # The line's folder says nothing to a reader and differs from machine to machine.
         line = os.path.basename(summarize(self.source.source_info))
         return (
-            f"`{self.primitive}` in {self.scope} ({line})"
-            if self.scope
-            else (f"`{self.primitive}` ({line})")
+            f"`{self.primitive}` in {self.scope} ({line})" if self.scope else (f"`{self.primitive}` ({line})")
         )
 
     def run(self, *operands: jax.Array) -> list[jax.Array]:
@@ -116,6 +115,10 @@ class Program:
         return self.block.inputs[len(self.leaves) :]
 
 
+def _shape(var: Any) -> tuple[int, ...]:
+    return tuple(var.aval.shape)
+
+
 def path_name(path: Sequence[Any]) -> str:
     """A tree path as text, e.g. ``params/encoder/Dense_0/kernel``."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
@@ -141,7 +144,7 @@ def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) 
     Raises:
       TraceError: a leaf is not an array, or the function cannot be traced with these variables.
     """
-    structs = jax.tree.map_with_path(_abstract, (variables, args, kwargs))
+    structs = tuple(jax.tree.map_with_path(_abstract, part) for part in (variables, args, kwargs))
     leaves, tree = jax.tree.flatten(structs)
     output: dict[str, Any] = {}
 
@@ -165,10 +168,21 @@ def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) 
     return flatten(
         closed,
         leaves=tuple(name for name, _ in named_leaves(structs[0])),
-        arguments=tuple(name for name, _ in named_leaves(structs[1:])),
+        arguments=_argument_names(apply, structs[1], structs[2]),
         output_paths=output["paths"],
         output_tree=output["tree"],
     )
+
+
+def _argument_names(apply: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str, ...]:
+    """Names of the arguments' leaves, by the function's own parameter names where it shows them."""
+    try:
+        names = list(inspect.signature(apply).parameters)[1:]
+    except (TypeError, ValueError):
+        names = []
+    names = names[: len(args)] + [f"argument {i + 1}" for i in range(len(names), len(args))]
+    parts = [*zip(names, args, strict=True), *sorted(kwargs.items())]
+    return tuple(f"{name}/{path}" if path else name for name, part in parts for path, _ in named_leaves(part))
 
 
 def _abstract(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -216,7 +230,8 @@ class _Flattener:
 
     def literal(self, literal: jex.Literal) -> int:
         # A literal may be a Python scalar: it has to take the dtype that the trace gave it.
-        return self.constant(np.asarray(literal.val, dtype=literal.aval.dtype))
+        aval: Any = literal.aval
+        return self.constant(np.asarray(literal.val, dtype=aval.dtype))
 
     def block(self, jaxpr: jex.Jaxpr, constants: list[int]) -> Block:
         env: dict[Any, int] = dict(zip(jaxpr.constvars, constants, strict=True))
@@ -235,9 +250,7 @@ class _Flattener:
             stack = "/".join(s for s in (scope, str(eqn.source_info.name_stack)) if s)
             if eqn.primitive in _INLINED:
                 inner, constants = _open(eqn.params[_INLINED[eqn.primitive]])
-                inner_env = dict(
-                    zip(inner.constvars, [self.constant(c) for c in constants], strict=True)
-                )
+                inner_env = dict(zip(inner.constvars, [self.constant(c) for c in constants], strict=True))
                 inner_env.update(zip(inner.invars, inputs, strict=True))
                 yield from self.equations(inner, inner_env, stack)
                 outputs = tuple(self.read(inner_env, var) for var in inner.outvars)

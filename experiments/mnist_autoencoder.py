@@ -144,9 +144,7 @@ def main(config: Config) -> None:
     def rival(label: str, start: Any, plan: ca.Plan) -> None:
         small = ca.slim(task.model.apply, plan)
         where = checkpoints / label.replace(" ", "-").replace(",", "")
-        trained = task.fit(
-            label, small, ca.shrink(start, plan), fine_tune, config.learning_rate, where
-        )
+        trained = task.fit(label, small, ca.shrink(start, plan), fine_tune, config.learning_rate, where)
         models[label] = (small, trained, plan)
 
     uniform = uniform_plan(groups, dense, config.budget)
@@ -173,7 +171,8 @@ def main(config: Config) -> None:
     )
     seconds = time.perf_counter() - started
     write_json(folder / "timings.json", {"forward of 256, ms": times, "seconds in all": seconds})
-    np.savez(folder / "history.npz", **flat_history(result))
+    arrays: Any = flat_history(result)
+    np.savez(folder / "history.npz", **arrays)
     header, table = comparison(rows, times, criteria)
     print("\n" + text_table(header, table, "held-out digits; forward of one batch of 256"))
     print("criteria: " + "; ".join(str(c) for c in criteria))
@@ -216,9 +215,7 @@ def comparison(
     for name, row in rows.items():
         line: list[object] = [name, f"{row['parameters']:,}"]
         line += [share_text(row[c], dense[c]) for c in ("parameters", "FLOPs")]
-        line += [
-            f"{value:.2f}" if "dB" in n else f"{value:.3f}" for n, value in row["metrics"].items()
-        ]
+        line += [f"{value:.2f}" if "dB" in n else f"{value:.3f}" for n, value in row["metrics"].items()]
         line += [f"{times[name]:.2f}", f"{times['dense'] / times[name]:.1f}×"]
         table.append(line + ["yes" if kept else "no" for kept in row["kept"]])
     return header, table
@@ -247,10 +244,7 @@ def write_report(
     digits |= {n: out["image"][first] for n, out in outputs.items()}
     share = result.history["search"]["share"]
     soft_cost = np.array(
-        [
-            COSTS["parameters"](groups)(s * groups.sizes) / result.costs["parameters"][0]
-            for s in share
-        ]
+        [COSTS["parameters"](groups)(s * groups.sizes) / result.costs["parameters"][0] for s in share]
     )
     metric = "PSNR (dB)"
     points = {
@@ -271,9 +265,7 @@ def write_report(
         "kept_units": kept_units_figure(groups, result.plan),
         "coefficients": trajectory_figure(groups, share, config.search.steps),
         "digits": digits_figure(digits),
-        "latent": latent_figure(
-            {n: outputs[n]["latent"] for n in ("dense", "compressed")}, labels[:2000]
-        ),
+        "latent": latent_figure({n: outputs[n]["latent"] for n in ("dense", "compressed")}, labels[:2000]),
     }
     names = dict(zip(figures, save_figures(folder, figures), strict=True))
     before, after = result.costs["parameters"]
@@ -312,9 +304,7 @@ def write_report(
         Section("Data", task.data.note),
     ]
     warning = task.data.note if task.data.source == "embedded" else ""
-    html_report(
-        folder / "report.html", f"MNIST autoencoder, {config.model}", sections, warning=warning
-    )
+    html_report(folder / "report.html", f"MNIST autoencoder, {config.model}", sections, warning=warning)
 
 
 def flat_history(result: ca.Result) -> dict[str, np.ndarray]:

@@ -48,9 +48,7 @@ def knn_of(apply: Apply, variables: Any, batch: Batch) -> jax.Array:
 METRICS = {"PSNR (dB)": psnr_of, "SSIM": ssim_of, "k-NN": knn_of}
 
 
-def criteria_below(
-    dense: Mapping[str, float], drops: Mapping[str, float]
-) -> tuple[ca.Criterion, ...]:
+def criteria_below(dense: Mapping[str, float], drops: Mapping[str, float]) -> tuple[ca.Criterion, ...]:
     """Criteria that allow each metric to fall by so much below the dense model's value."""
     return tuple(
         ca.at_least(name, METRICS[name], dense[name] - drop, trainable=metric is psnr_of)
@@ -128,4 +126,4 @@ def share_text(part: float, total: float) -> str:
 
 def criteria_marks(criteria: Sequence[ca.Criterion], metrics: Mapping[str, float]) -> list[bool]:
     """Which criteria the metrics keep."""
-    return [bool(c.margin(np.asarray(metrics[c.name])) >= 0) for c in criteria]
+    return [c.keeps(metrics[c.name]) for c in criteria]

@@ -64,18 +64,16 @@ def main(config: Config) -> None:
     """Run the sweep and print its table."""
     compilations: list[str] = []
 
-    def count(event: str, duration: float, **details: str | int) -> None:
-        del duration
+    def count(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs
         if event.endswith("backend_compile_duration"):
-            compilations.append(str(details.get("fun_name")))
+            compilations.append(str(kwargs.get("fun_name")))
 
     task = Task(config.data, config.model, batch=config.batch, seed=config.seed)
     folder = config.out / config.name
     folder.mkdir(parents=True, exist_ok=True)
     print(task.data.note)
-    dense = task.dense(
-        config.dense_steps, config.dense_learning_rate, folder / "checkpoints" / "dense"
-    )
+    dense = task.dense(config.dense_steps, config.dense_learning_rate, folder / "checkpoints" / "dense")
     dense_metrics = metrics_of(task.model.apply, dense, task.held_out)
     groups = task.groups(dense)
 
@@ -136,9 +134,7 @@ def main(config: Config) -> None:
     save_figures(folder, {"trade_off": trade_off_figure(series, metric=f"{metric}, held-out")})
     print(text_table(header, table, f"{len(points)} lanes; dense {dense_metrics[metric]:.2f} dB"))
     programs = sum(name == "jit(run_chunk)" for name in compilations)
-    print(
-        f"{seconds:.0f} s for {len(points)} lanes; compilations of the training program: {programs}"
-    )
+    print(f"{seconds:.0f} s for {len(points)} lanes; compilations of the training program: {programs}")
     print(f"everything is in {folder}")
 
 

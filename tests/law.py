@@ -48,6 +48,10 @@ def law_errors(
         return jax.jit(lambda tree: (f(tree, *args), jax.grad(lambda t: loss(f, t))(tree)))
 
     expected, expected_grad = evaluate(apply)(masked)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(expected_grad)):
+        # Compiled, the derivative of a minimum can be 0/0 (XLA computes the compared values twice, in
+        # different roundings, and finds no minimum); op by op it cannot.
+        expected, expected_grad = evaluate(apply).__wrapped__(masked)
     expected_grad = ca.shrink(jax.device_get(expected_grad), plan)
     got, got_grad = evaluate(small_apply)(small)
     return distance(got, expected), distance(got_grad, expected_grad)

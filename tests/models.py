@@ -32,9 +32,7 @@ def mlp() -> Model:
 
 def residual() -> Model:
     """A stream that three layers write to: they leave together; an inner width of its own."""
-    variables = _draw(
-        {"stem": (5, 6), "norm": (6,), "up": (6, 7), "down": (7, 6), "head": (6, 2)}, seed=2
-    )
+    variables = _draw({"stem": (5, 6), "norm": (6,), "up": (6, 7), "down": (7, 6), "head": (6, 2)}, seed=2)
 
     def apply(v: Any, x: jax.Array) -> jax.Array:
         h = x @ v["stem"]

@@ -89,9 +89,7 @@ def test_resident_draws_by_step(embedded):
     assert batch["label"].dtype == jnp.int32
     assert float(batch["image"].max()) == 1.0
     assert float(batch["image"].min()) == 0.0
-    pictures = {
-        i.tobytes(): n for i, n in zip(embedded.valid.images, embedded.valid.labels, strict=True)
-    }
+    pictures = {i.tobytes(): n for i, n in zip(embedded.valid.images, embedded.valid.labels, strict=True)}
     drawn = np.asarray(batch["image"]) * 255, np.asarray(batch["label"])
     for image, label in zip(*drawn, strict=True):
         assert pictures[np.round(image).astype(np.uint8).tobytes()] == label

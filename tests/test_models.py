@@ -158,9 +158,7 @@ def test_only_simple_primitives(preset):
 
 
 def conv(x, kernel):
-    return lax.conv_general_dilated(
-        x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    return lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def flax_conv(x, kernel):

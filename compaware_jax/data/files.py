@@ -127,9 +127,7 @@ def _prepare(root: Path, patience: float) -> None:
         builder.download_and_prepare(download_config=config, file_format="array_record")
     # tfds reports a failed download with classes of its own, which it does not export.
     except Exception as error:
-        raise UnavailableError(
-            f"mnist: preparing the data set in {root} failed: {error}"
-        ) from error
+        raise UnavailableError(f"mnist: preparing the data set in {root} failed: {error}") from error
 
 
 def _read_idx(path: str | os.PathLike[str], header: int) -> np.ndarray:

@@ -149,9 +149,7 @@ def whole(split: Split, limit: int | None = None) -> dict[str, Array]:
       ValueError: if `limit` is not positive.
     """
     if limit is not None and limit < 1:
-        raise ValueError(
-            f"whole: got limit={limit}; expected at least 1; pass a positive number or None."
-        )
+        raise ValueError(f"whole: got limit={limit}; expected at least 1; pass a positive number or None.")
     images, labels = jnp.asarray(split.images[:limit]), jnp.asarray(split.labels[:limit])
     return {"image": _unit_range(images), "label": labels}
 

@@ -54,9 +54,7 @@ def mnist(
       ((4000, 28, 28, 1), dtype('uint8'))
     """
     if source not in ("auto", "tfds", "embedded"):
-        raise ValueError(
-            f"mnist: got source={source!r}; expected 'auto', 'tfds' or 'embedded'; pass one."
-        )
+        raise ValueError(f"mnist: got source={source!r}; expected 'auto', 'tfds' or 'embedded'; pass one.")
     if source == "embedded":
         return _embedded("they were asked for")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -13,7 +13,6 @@ from compaware_jax.rules.families import bind, take
 from compaware_jax.rules.registry import Kept, Small, register_rule
 from compaware_jax.trace import Equation
 
-
 # --- dot_general --------------------------------------------------------------------------------------
 
 
@@ -31,9 +30,7 @@ def _roles(eqn: Equation) -> list[dict[int, tuple[str, int]]]:
 
 def _couple_dot(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
     roles = _roles(eqn)
-    by_role: dict[str, list[list[Factor]]] = {
-        role: [[], []] for role in ("batch", "contract", "free")
-    }
+    by_role: dict[str, list[list[Factor]]] = {role: [[], []] for role in ("batch", "contract", "free")}
     for operand, x in enumerate(inputs):
         for factor in x.factors:
             present = [roles[operand][a][0] for a in factor.axes]
@@ -56,9 +53,7 @@ def _couple_dot(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
     return [Tracked(eqn.out_shapes[0], tuple(factors))]
 
 
-def _slim_dot(
-    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
-) -> list[jax.Array] | None:
+def _slim_dot(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
     contract, batch = eqn.params["dimension_numbers"]
     lhs, rhs = operands
     arrays: list[jax.Array] = [lhs.array, rhs.array]
@@ -155,9 +150,7 @@ def _couple_conv(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> li
     return [Tracked(out_shape, tuple(factors))]
 
 
-def _slim_conv(
-    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
-) -> list[jax.Array] | None:
+def _slim_conv(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
     lhs, rhs = operands
     spec, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     lhs_feature, rhs_out, rhs_in = spec.lhs_spec[1], spec.rhs_spec[0], spec.rhs_spec[1]
@@ -172,11 +165,7 @@ def _slim_conv(
     inputs_per_group = eqn.in_shapes[0][lhs_feature] // groups
     alive = np.unique(filters // (eqn.in_shapes[1][rhs_out] // groups))
     inputs = (alive[:, None] * inputs_per_group + np.arange(inputs_per_group)).ravel()
-    image = (
-        lhs.array
-        if lhs.kept[lhs_feature] is not None
-        else _take_axis(lhs.array, lhs_feature, inputs)
-    )
+    image = lhs.array if lhs.kept[lhs_feature] is not None else _take_axis(lhs.array, lhs_feature, inputs)
     kernel = rhs.array if rhs.kept[rhs_out] is not None else _take_axis(rhs.array, rhs_out, filters)
     return bind(eqn, [image, kernel], feature_group_count=len(alive))
 

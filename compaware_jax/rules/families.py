@@ -49,9 +49,7 @@ def cut(operand: Small, target: Kept) -> jax.Array:
 
 def small_shape(shape: tuple[int, ...], kept: Kept) -> tuple[int, ...]:
     """A full shape with the kept counts in place of the cut axes."""
-    return tuple(
-        size if index is None else len(index) for size, index in zip(shape, kept, strict=True)
-    )
+    return tuple(size if index is None else len(index) for size, index in zip(shape, kept, strict=True))
 
 
 def bind(eqn: Equation, arrays: Sequence[jax.Array], **overrides: Any) -> list[jax.Array]:
@@ -104,9 +102,7 @@ def reduction(primitive: Primitive, *, sums: bool) -> None:
                 factors.append(factor.moved({a: kept_axes.index(a) for a in factor.axes}))
         return [Tracked(eqn.out_shapes[0], tuple(factors))]
 
-    def slim(
-        eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
-    ) -> list[jax.Array] | None:
+    def slim(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
         (x,) = operands
         for axis in eqn.params["axes"]:
             if x.kept[axis] is not None and not (sums and x.zero[axis]):
@@ -130,9 +126,7 @@ def freed(
         if len(single) == len(factor.axes):
             ledger.fix(factor.ids, f"a single one of them is selected by {why}")
             continue
-        ids = factor.ids[
-            tuple(0 if pos in single else slice(None) for pos in range(factor.ids.ndim))
-        ]
+        ids = factor.ids[tuple(0 if pos in single else slice(None) for pos in range(factor.ids.ndim))]
         axes = tuple(a for pos, a in enumerate(factor.axes) if pos not in single)
         result.append(Factor(axes, ids, factor.zero))
     return Tracked(shape, tuple(result), uniform)

@@ -38,15 +38,11 @@ def _couple_broadcast(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) 
     return _renamed(ledger, eqn, x, dict(enumerate(eqn.params["broadcast_dimensions"])))
 
 
-def _slim_same(
-    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
-) -> list[jax.Array] | None:
+def _slim_same(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
     return bind(eqn, [operands[0].array])
 
 
-def _slim_broadcast(
-    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
-) -> list[jax.Array] | None:
+def _slim_broadcast(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
     shape = small_shape(eqn.out_shapes[0], kept[0])
     return [lax.broadcast_in_dim(operands[0].array, shape, eqn.params["broadcast_dimensions"])]
 
@@ -69,9 +65,7 @@ def _couple_stack(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> l
     return [Tracked(eqn.out_shapes[0], tuple(factors))]
 
 
-def _slim_stack(
-    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
-) -> list[jax.Array] | None:
+def _slim_stack(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
     new = eqn.params["axis"]
     target = kept[0][:new] + kept[0][new + 1 :]
     return bind(eqn, [cut(x, target) for x in operands])
@@ -124,9 +118,8 @@ def _couple_reshape(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) ->
         if any(len(ins) > 1 or len(outs) > 1 for ins, outs in touched):
             first, last = parts.index(touched[0]), parts.index(touched[-1])
             joined = parts[first : last + 1]
-            parts[first : last + 1] = [
-                (sum((j[0] for j in joined), []), sum((j[1] for j in joined), []))
-            ]
+            ins, outs = ([axis for part in joined for axis in part[side]] for side in (0, 1))
+            parts[first : last + 1] = [(ins, outs)]
     factors: list[Factor] = []
     simple = {ins[0]: outs[0] for ins, outs in parts if len(ins) == len(outs) == 1}
     factors += [f.moved(simple) for f in x.factors if all(a in simple for a in f.axes)]
@@ -148,10 +141,7 @@ def _merged(
     free = [f for f in inside if not ledger.all_fixed(f.ids)]
     if not free:
         reason = "reshaped from axes that are fixed"
-        return [
-            Factor((a,), ledger.fresh_fixed(eqn.out_shapes[0][a], reason=reason), True)
-            for a in outs
-        ]
+        return [Factor((a,), ledger.fresh_fixed(eqn.out_shapes[0][a], reason=reason), True) for a in outs]
     # Two independent sets of units cannot both leave a merged axis: its rows would form a rectangle
     # that one dense axis cannot hold. The set with more units stays free.
     finest = max(free, key=lambda f: len(np.unique(f.ids)))
@@ -164,9 +154,7 @@ def _merged(
     return [minimal(outs, ids.reshape([eqn.out_shapes[0][a] for a in outs]), finest.zero)]
 
 
-def _slim_reshape(
-    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
-) -> list[jax.Array] | None:
+def _slim_reshape(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
     # Kept elements keep their row-major order, so the small reshape moves the right ones.
     shape = small_shape(eqn.out_shapes[0], kept[0])
     return [lax.reshape(operands[0].array, shape, eqn.params["dimensions"])]

@@ -23,9 +23,7 @@ from compaware_jax.trace import Equation
 # --- slice, rev, split, unstack -----------------------------------------------------------------------
 
 
-def _sliced(
-    ledger: Ledger, eqn: Equation, x: Tracked, index: tuple[slice, ...], out: int
-) -> Tracked:
+def _sliced(ledger: Ledger, eqn: Equation, x: Tracked, index: tuple[slice, ...], out: int) -> Tracked:
     factors = [Factor(f.axes, f.ids[tuple(index[a] for a in f.axes)], f.zero) for f in x.factors]
     return freed(ledger, eqn.out_shapes[out], factors, x.uniform, eqn.where)
 
@@ -93,17 +91,13 @@ for primitive, index_of in ((p.slice_p, _slice_index), (p.rev_p, _rev_index)):
 
 
 def _couple_split(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
-    return [
-        _sliced(ledger, eqn, inputs[0], index, out) for out, index in enumerate(_split_indices(eqn))
-    ]
+    return [_sliced(ledger, eqn, inputs[0], index, out) for out, index in enumerate(_split_indices(eqn))]
 
 
 register_rule(
     lax.split_p,
     _couple_split,
-    lambda eqn, operands, kept: [
-        _slim_index(eqn, operands[0], index) for index in _split_indices(eqn)
-    ],
+    lambda eqn, operands, kept: [_slim_index(eqn, operands[0], index) for index in _split_indices(eqn)],
 )
 
 
@@ -120,9 +114,7 @@ def _couple_unstack(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) ->
     single = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
     outputs = []
     for index, shape in zip(_unstack_indices(eqn), eqn.out_shapes, strict=True):
-        factors = [
-            Factor(f.axes, f.ids[tuple(index[a] for a in f.axes)], f.zero) for f in x.factors
-        ]
+        factors = [Factor(f.axes, f.ids[tuple(index[a] for a in f.axes)], f.zero) for f in x.factors]
         sliced = freed(ledger, single, factors, x.uniform, eqn.where)
         moved = tuple(f.moved({a: a - (a > axis) for a in f.axes}) for f in sliced.factors)
         outputs.append(Tracked(shape, moved, x.uniform))
@@ -165,9 +157,7 @@ def _couple_pad(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
                 new = ids[source < 0].shape
                 reason = f"padded by {eqn.where}"
                 fixed = ledger.all_fixed(factor.ids)
-                ids[source < 0] = (
-                    ledger.fresh_fixed(*new, reason=reason) if fixed else ledger.fresh(*new)
-                )
+                ids[source < 0] = ledger.fresh_fixed(*new, reason=reason) if fixed else ledger.fresh(*new)
                 ids = np.moveaxis(ids, 0, position)
         # Padding along any axis puts the padding value at dead positions too.
         zero = factor.zero and (whole or value.uniform == 0)
@@ -176,9 +166,7 @@ def _couple_pad(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
     return [freed(ledger, eqn.out_shapes[0], factors, uniform, eqn.where)]
 
 
-def _slim_pad(
-    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
-) -> list[jax.Array] | None:
+def _slim_pad(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
     x, value = operands
     array, config = x.array, list(eqn.params["padding_config"])
     for axis, index in enumerate(kept[0]):
@@ -207,9 +195,7 @@ def _couple_tile(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> li
     return [Tracked(eqn.out_shapes[0], tuple(factors), x.uniform)]
 
 
-def _slim_tile(
-    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
-) -> list[jax.Array] | None:
+def _slim_tile(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
     return [lax.tile(operands[0].array, eqn.params["reps"])]
 
 
@@ -229,24 +215,15 @@ def _couple_concatenate(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]
     for axes, ids, flags in combine(ledger, across):
         zero = all(flag or x.uniform == 0 for flag, x in zip(flags, inputs, strict=True))
         factors.append(Factor(axes, ids, zero))
-    if any(
-        f is not None or (x.factors and x.shape[axis] == 1)
-        for f, x in zip(along, inputs, strict=True)
-    ):
+    if any(f is not None or (x.factors and x.shape[axis] == 1) for f, x in zip(along, inputs, strict=True)):
         ids = [
-            _untracked(ledger, eqn, [x.shape[a] for a in span], x.shape[axis])
-            if f is None
-            else f.ids
+            _untracked(ledger, eqn, [x.shape[a] for a in span], x.shape[axis]) if f is None else f.ids
             for f, x in zip(along, inputs, strict=True)
         ]
-        zero = all(
-            x.uniform == 0 if f is None else f.zero for f, x in zip(along, inputs, strict=True)
-        )
+        zero = all(x.uniform == 0 if f is None else f.zero for f, x in zip(along, inputs, strict=True))
         factors.append(Factor(span, np.concatenate(ids, axis=span.index(axis)), zero))
     uniform = {x.uniform for x in inputs}
-    return [
-        Tracked(eqn.out_shapes[0], tuple(factors), uniform.pop() if len(uniform) == 1 else None)
-    ]
+    return [Tracked(eqn.out_shapes[0], tuple(factors), uniform.pop() if len(uniform) == 1 else None)]
 
 
 def _untracked(ledger: Ledger, eqn: Equation, sizes: list[int], along: int) -> np.ndarray:

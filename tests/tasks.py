@@ -1,0 +1,75 @@
+"""A small trained problem for the tests of training, search and compression."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import compaware_jax as ca
+
+WIDTHS = (12, 16, 4, 16, 12)
+
+
+def init(key: jax.Array) -> dict[str, Any]:
+    """An autoencoder of points on a curved surface."""
+    sizes = (8, *WIDTHS[1:4], 8)
+    keys = jax.random.split(key, len(sizes))
+    return {
+        f"layer{i}": {
+            "w": jax.random.normal(keys[i], (a, b)) / jnp.sqrt(a),
+            "b": jnp.zeros(b),
+        }
+        for i, (a, b) in enumerate(itertools.pairwise(sizes))
+    }
+
+
+def apply(variables: dict[str, Any], x: jax.Array) -> jax.Array:
+    """Reconstructs x."""
+    for name in sorted(variables):
+        x = x @ variables[name]["w"] + variables[name]["b"]
+        x = x if name == "layer3" else jnp.tanh(x)
+    return x
+
+
+def points(key: jax.Array, count: int) -> jax.Array:
+    """Points of a three-dimensional surface in eight dimensions, shape (count, 8)."""
+    t = jax.random.uniform(key, (count, 3), minval=-1.5, maxval=1.5)
+    mix = jax.random.normal(jax.random.key(42), (3, 8))
+    return jnp.sin(t @ mix)
+
+
+def batches(step: jax.Array) -> jax.Array:
+    """Batch number `step`."""
+    return points(jax.random.fold_in(jax.random.key(1), step), 64)
+
+
+def loss(f: Any, variables: Any, batch: jax.Array) -> jax.Array:
+    """Mean squared error."""
+    return jnp.mean((f(variables, batch) - batch) ** 2)
+
+
+def held_out() -> jax.Array:
+    """Points that no batch holds."""
+    return points(jax.random.key(2), 500)
+
+
+def dense(steps: int = 600) -> dict[str, Any]:
+    """The trained model."""
+    start = init(jax.random.key(0))
+    return ca.fit(apply, start, loss, batches, steps, learning_rate=1e-2, progress=False)[0]
+
+
+def groups(variables: Any) -> ca.Groups:
+    """Its groups."""
+    return ca.find_groups(apply, variables, jnp.zeros((1, 8)))
+
+
+def error(f: Any, variables: Any, batch: jax.Array) -> jax.Array:
+    """The metric: root mean squared error."""
+    return jnp.sqrt(loss(f, variables, batch))
+
+
+SEARCH = ca.GradientSearch(steps=100)

@@ -1,0 +1,138 @@
+"""The searches: gates, the budget surface, gradient against grid."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import compaware_jax as ca
+from compaware_jax.coefficients import Problem, _tangent, on_budget, soft_gates
+from compaware_jax.cost import parameter_cost
+from compaware_jax.fit import constrained, dual_ascent
+from compaware_jax.importance import ranks
+from compaware_jax.loop import run_steps
+from tests import tasks
+
+
+@pytest.fixture(scope="module")
+def trained():
+    variables = tasks.dense(300)
+    return variables, tasks.groups(variables)
+
+
+def test_gates_are_hard_for_whole_counts_without_edge(trained):
+    _, groups = trained
+    scores = jax.random.uniform(jax.random.key(0), (groups.units,))
+    rank = ranks(groups, scores)
+    counts = jnp.array([5.0, 3.0, 16.0])
+    gates = soft_gates(groups, counts, rank, 0.0)
+    np.testing.assert_array_equal(gates, rank < counts[groups.group_of_unit])
+
+
+def test_gates_sum_to_the_count_while_the_edge_fits(trained):
+    _, groups = trained
+    rank = ranks(groups, jnp.arange(groups.units))
+    counts = jnp.array([6.4, 2.0, 16.0])
+    for edge in (0.0, 0.3, 0.6):
+        gates = soft_gates(groups, counts, rank, edge)
+        sums = [float(gates[g.slice].sum()) for g in groups.groups]
+        np.testing.assert_allclose(sums, counts, rtol=0.02)
+
+
+def test_gates_have_a_gradient_at_the_edge_only(trained):
+    _, groups = trained
+    rank = ranks(groups, jnp.arange(groups.units))
+
+    def gate(counts):
+        return soft_gates(groups, counts, rank, 0.5)
+
+    slopes = jax.jacfwd(gate)(jnp.array([8.0, 2.0, 8.0]))
+    first = np.asarray(slopes[groups.groups[0].slice, 0])
+    order = np.argsort(np.asarray(rank[groups.groups[0].slice]))
+    assert (first[order] > 0).nonzero()[0].tolist() == [6, 7, 8, 9]
+    assert first.sum() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.5, 1.0])
+def test_on_budget(trained, budget):
+    _, groups = trained
+    cost = parameter_cost(groups)
+    shares = jnp.log(jnp.array([0.3, 0.9, 0.5]))
+    counts = jnp.exp(on_budget(cost, shares, budget))
+    assert float(cost(counts)) == pytest.approx(budget * cost.total, rel=1e-4)
+    assert (np.asarray(counts) <= groups.sizes + 1e-4).all()
+    assert (np.asarray(counts) >= 1 - 1e-6).all()
+
+
+def test_tangent_gradient_leaves_the_cost_alone(trained):
+    _, groups = trained
+    cost = parameter_cost(groups)
+    log_counts = jnp.log(jnp.array([5.0, 2.0, 7.0]))
+    gradient = jnp.array([-0.3, -0.1, -0.7])
+    tangent, price = _tangent(cost, log_counts, gradient, jnp.ones(3, bool))
+    assert float(tangent.sum()) == pytest.approx(0.0, abs=1e-5)
+    assert float(price) > 0
+    by_cost = jax.grad(lambda x: jnp.log(cost(jnp.exp(x))))(log_counts)
+    np.testing.assert_allclose(tangent, gradient + price * by_cost, rtol=1e-5)
+
+
+def test_augmented_lagrangian():
+    criterion = ca.at_most("x", lambda f, v, b: v, 1.0)
+    judged = ca.at_most("y", lambda f, v, b: v, 0.0, trainable=False)
+    value = constrained(lambda f, v, b: jnp.asarray(2.0) + 0 * v, [criterion, judged])
+    kept, violations = value(lambda v: v, jnp.asarray(0.5), None, jnp.zeros(1))
+    assert float(kept) == 2.0
+    np.testing.assert_allclose(violations, [-0.5])
+    broken, violations = value(lambda v: v, jnp.asarray(1.5), None, jnp.array([0.2]))
+    assert float(broken) == pytest.approx(2.0 + 2.0 * ((0.2 + 0.5) ** 2 - 0.2**2) / 2)
+    np.testing.assert_allclose(dual_ascent(jnp.array([0.2]), violations, rate=1.0), [0.7])
+    np.testing.assert_allclose(dual_ascent(jnp.zeros(1), jnp.array([-1.0])), [0.0])
+
+
+def run(method, variables, groups, budget=0.3):
+    cost = parameter_cost(groups)
+    problem = Problem(tasks.apply, tasks.loss, tasks.batches, groups, cost)
+    search = method.build(problem)
+    state = search.init(variables, budget, jax.random.key(0), 0)
+    state, history = run_steps(
+        search.step, state, search.steps, label="test", chunk=search.steps, progress=False
+    )
+    return search, state, history, cost
+
+
+def test_gradient_search_ends_on_the_budget_and_trains(trained):
+    variables, groups = trained
+    search, state, history, cost = run(ca.GradientSearch(steps=200), variables, groups)
+    counts = np.asarray(search.coefficients(state)) * groups.sizes
+    assert float(cost(jnp.asarray(counts))) == pytest.approx(0.3 * cost.total, rel=1e-3)
+    assert np.isfinite(history["loss"]).all()
+    # The latent of this task is three-dimensional: one of its four units is all that may go.
+    assert counts[1] > 2.5
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), variables, search.variables(state))
+    assert all(jax.tree.leaves(changed))
+
+
+def test_grid_search_finds_the_best_point_of_its_grid(trained):
+    variables, groups = trained
+    method = ca.GridSearch(levels=(0.5, 1.0, 2.0), steps_each=60, at_once=3)
+    search, state, _, cost = run(method, variables, groups)
+    assert np.isfinite(np.asarray(state.losses)).all()
+    best = int(np.argmin(np.asarray(state.losses)))
+    shares = np.asarray(search.coefficients(state))
+    np.testing.assert_allclose(shares * groups.sizes, np.exp(state.log_counts[best]), rtol=1e-5)
+    assert float(cost(jnp.exp(state.log_counts[best]))) == pytest.approx(0.3 * cost.total, rel=1e-3)
+    # The grid holds points that cut the latent hard; they must not win.
+    assert shares[1] * 4 > 2
+
+
+def test_search_is_one_program_for_many_budgets(trained):
+    variables, groups = trained
+    cost = parameter_cost(groups)
+    problem = Problem(tasks.apply, tasks.loss, tasks.batches, groups, cost)
+    search = ca.GradientSearch(steps=60).build(problem)
+    budgets = jnp.array([0.2, 0.4, 0.8])
+    state = jax.vmap(search.init, in_axes=(None, 0, None, None))(variables, budgets, jax.random.key(0), 0)
+    state, _ = jax.lax.scan(jax.vmap(search.step, in_axes=(0, None)), state, jnp.arange(60))
+    counts = jax.vmap(search.coefficients)(state) * groups.sizes
+    reached = jax.vmap(cost)(counts) / cost.total
+    np.testing.assert_allclose(reached, budgets, rtol=1e-3)

@@ -1,0 +1,203 @@
+"""The main job on a small problem: end to end, killed and resumed, and with bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import compaware_jax as ca
+from compaware_jax.errors import BudgetError, CheckpointError, CriterionError, PlanError
+from compaware_jax.sweep import sweep
+from tests import tasks
+
+BOUND = ca.at_most("error", tasks.error, 0.25)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    variables = tasks.dense()
+    return variables, tasks.groups(variables)
+
+
+def compress(trained, **changes):
+    variables, groups = trained
+    settings = {
+        "groups": groups,
+        "budget": ca.params(0.5),
+        "criteria": [BOUND],
+        "held_out": tasks.held_out(),
+        "search": tasks.SEARCH,
+        "fine_tune": 200,
+        "learning_rate": 1e-2,
+        "progress": False,
+    }
+    return ca.compress(tasks.apply, variables, tasks.loss, tasks.batches, **(settings | changes))
+
+
+def test_end_to_end(trained):
+    result = compress(trained)
+    before, after = result.costs["parameters"]
+    assert 0.9 * 0.5 * before <= after <= 0.5 * before
+    assert after == sum(x.size for x in jax.tree.leaves(result.variables))
+    (verdict,) = result.verdicts
+    batch = tasks.held_out()
+    assert verdict.after == pytest.approx(float(tasks.error(result.apply, result.variables, batch)), rel=1e-5)
+    assert verdict.before == pytest.approx(float(tasks.error(tasks.apply, trained[0], batch)), rel=1e-5)
+    assert verdict.kept
+    assert result.kept
+    assert result.history["search"]["share"].shape[1:] == (3,)
+    assert np.isfinite(result.history["fine-tune"]["loss"]).all()
+
+
+def test_better_than_uniform_widths_at_a_small_budget(trained):
+    """The latent must stay: uniform pruning halves it, the search does not."""
+    result = compress(trained, criteria=[], budget=ca.params(0.4), fine_tune=300)
+    counts = {name: kept for name, kept, _ in result.plan.counts}
+    assert counts["layer1"] >= 3
+    assert result.verdicts == ()
+
+
+def test_criterion_that_cannot_be_kept_is_said_so(trained):
+    strict = ca.at_most("error", tasks.error, float(_dense_error(trained)) * 1.001)
+    result = compress(trained, criteria=[strict], budget=ca.params(0.2))
+    assert not result.kept
+    assert not result.verdicts[0].kept
+    assert result.verdicts[0].after > strict.threshold
+
+
+def _dense_error(trained):
+    return tasks.error(tasks.apply, trained[0], tasks.held_out())
+
+
+def test_grid_search_has_the_same_interface(trained):
+    grid = ca.GridSearch(levels=(0.5, 1.0, 2.0), steps_each=30, at_once=3)
+    result = compress(trained, search=grid, criteria=[])
+    before, after = result.costs["parameters"]
+    assert after <= 0.5 * before
+
+
+@pytest.mark.parametrize("budget", [ca.flops(0.5), ca.nbytes(0.5)])
+def test_other_costs(trained, budget):
+    result = compress(trained, budget=budget, criteria=[], fine_tune=20)
+    before, after = result.costs[budget.cost]
+    assert 0.9 * 0.5 * before <= after <= 0.5 * before
+
+
+def test_dense_model_that_fails_a_criterion(trained):
+    bad = ca.at_most("error", tasks.error, 1e-6)
+    with pytest.raises(CriterionError, match=r"already fails `error ≤ 1e-06` .*short by"):
+        compress(trained, criteria=[bad])
+    result = compress(trained, criteria=[bad], allow_failing=True, fine_tune=20)
+    assert not result.kept
+
+
+def test_bad_input(trained, tmp_path):
+    variables, groups = trained
+    with pytest.raises(BudgetError, match="smallest reachable"):
+        compress(trained, budget=ca.params(0.001))
+    with pytest.raises(CriterionError, match="expected a finite number"):
+        ca.at_least("x", tasks.error, float("nan"))
+    with pytest.raises(CriterionError, match="criteria need held_out"):
+        compress(trained, held_out=None)
+    broken = jax.tree.map(lambda x: x * jnp.nan, variables)
+    with pytest.raises(PlanError, match="not finite"):
+        compress((broken, groups))
+    with pytest.raises(PlanError, match="not those that the groups were found for"):
+        compress(({"layer0": variables["layer0"]}, groups))
+    with pytest.raises(ValueError, match="all on the same cost"):
+        sweep(
+            tasks.apply, variables, tasks.loss, tasks.batches, groups=groups,
+            budgets=[ca.params(0.5), ca.flops(0.5)],
+        )  # fmt: skip
+
+
+def test_foreign_and_corrupt_checkpoints(trained, tmp_path):
+    compress(trained, directory=tmp_path, fine_tune=20)
+    files = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+    contents = [p.read_bytes() for p in files]
+    with pytest.raises(CheckpointError, match=r"another job.*budget"):
+        compress(trained, directory=tmp_path, fine_tune=20, budget=ca.params(0.4))
+    assert [p.read_bytes() for p in files] == contents
+    latest = max((tmp_path / "search").iterdir(), key=lambda p: int(p.name))
+    for path in latest.rglob("*"):
+        if path.is_file() and "run" in path.parts:
+            path.write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        compress(trained, directory=tmp_path, fine_tune=20)
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import compaware_jax as ca
+from tests import tasks
+from tests.test_compress import BOUND, compress
+folder = Path(sys.argv[1])
+variables = tasks.dense(100)
+result = compress(
+    (variables, tasks.groups(variables)), directory=folder / "checkpoints", allow_failing=True,
+    search=ca.GradientSearch(steps=2000), fine_tune=2000,
+)
+result.plan.save(folder / "plan.json")
+small = {k: {n: x.tolist() for n, x in v.items()} for k, v in result.variables.items()}
+(folder / "metrics.json").write_text(json.dumps([small, [v.after for v in result.verdicts]]))
+"""
+
+
+def test_killed_and_started_again(tmp_path):
+    """kill -9 in the search and again in the fine-tune: the same files, bit for bit."""
+
+    def start(name):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        return folder, subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(folder)], env=environment, stderr=subprocess.PIPE
+        )
+
+    def finish(name):
+        folder, process = start(name)
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors.decode()[-2000:]
+        return (folder / "plan.json").read_bytes(), (folder / "metrics.json").read_bytes()
+
+    for phase in ("search", "fine-tune"):
+        folder, process = start("killed")
+        deadline = time.monotonic() + 120
+        while not list(folder.glob(f"checkpoints/{phase}/[0-9]*")):
+            assert process.poll() is None, "finished before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (folder / "metrics.json").exists()
+    killed = finish("killed")
+    assert killed == finish("undisturbed")
+    assert json.loads(killed[0])["format"] == "compaware_jax plan 1"
+
+
+def test_sweep_is_what_compress_does(trained):
+    variables, groups = trained
+    budgets = [ca.params(b) for b in (0.3, 0.6)]
+    points = sweep(
+        tasks.apply, variables, tasks.loss, tasks.batches, groups=groups, budgets=budgets, seeds=2,
+        criteria=[BOUND], held_out=tasks.held_out(), search=tasks.SEARCH, fine_tune=100,
+        learning_rate=1e-2, progress=False,
+    )  # fmt: skip
+    assert [(p.budget.fraction, p.seed) for p in points] == [(0.3, 0), (0.3, 1), (0.6, 0), (0.6, 1)]
+    for point in points:
+        cost, total = point.cost
+        assert 0.9 * point.budget.fraction * total <= cost <= point.budget.fraction * total
+        small_apply = ca.slim(tasks.apply, point.plan)
+        got = float(tasks.error(small_apply, point.variables, tasks.held_out()))
+        assert got == pytest.approx(point.metrics["error"], rel=1e-4)
+        assert point.kept["error"] == (got <= 0.25)
+    assert not np.array_equal(points[0].coefficients, points[1].coefficients)

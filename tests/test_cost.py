@@ -1,0 +1,104 @@
+"""Costs: equal to what is there for whole counts, differentiable for soft ones; budgets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import compaware_jax as ca
+from compaware_jax.cost import COSTS
+from compaware_jax.errors import BudgetError
+from compaware_jax.masks import group_counts
+from compaware_jax.models import autoencoder
+from compaware_jax.propagate import work_axes
+from compaware_jax.trace import flatten
+from tests.law import random_keep
+from tests.models import MODELS
+
+
+def counted_flops(apply, variables, args):
+    """FLOPs of a function as it is, from the shapes in its own jaxpr."""
+    program = flatten(jax.make_jaxpr(apply)(variables, *args), leaves=())
+    shapes = [[program.avals[v].shape[a] for v, a in pairs] for pairs in work_axes(program)]
+    return sum(2 * int(np.prod(sizes)) for sizes in shapes)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolutional", "gated", "concatenated", "attention"])
+def test_costs_are_exact(name):
+    apply, variables, args = MODELS[name]()
+    groups = ca.find_groups(apply, variables, *args)
+    for seed in range(3):
+        keep = random_keep(groups, np.random.default_rng(seed))
+        plan = ca.plan_units(groups, keep)
+        small = ca.shrink(variables, plan)
+        counts = np.array([kept for _, kept, _ in plan.counts])
+        leaves = jax.tree.leaves(small)
+        assert COSTS["parameters"](groups).exact(counts) == sum(x.size for x in leaves)
+        assert COSTS["bytes"](groups).exact(counts) == sum(x.nbytes for x in leaves)
+        expected = counted_flops(ca.slim(apply, plan), small, args)
+        assert COSTS["flops"](groups).exact(counts) == expected
+
+
+def test_dense_preset():
+    model = autoencoder("dense")
+    groups = ca.find_groups(
+        model.apply,
+        jax.eval_shape(model.init, jax.random.key(0)),
+        jnp.zeros((1, 28, 28, 1)),
+        released=("latent",),
+    )
+    cost = COSTS["parameters"](groups)
+    assert cost.total == 1_083_696
+    assert COSTS["bytes"](groups).total == 4 * 1_083_696
+    assert COSTS["flops"](groups).total == 2 * (784 * 512 + 512 * 256 + 256 * 32) * 2
+
+
+def test_soft_cost_agrees_and_has_the_right_gradient():
+    apply, variables, args = MODELS["attention"]()
+    groups = ca.find_groups(apply, variables, *args)
+    for make in COSTS.values():
+        cost = make(groups)
+        counts = np.maximum(groups.sizes // 2, 1)
+        assert float(cost(jnp.asarray(counts, float))) == pytest.approx(cost.exact(counts))
+        one_more = [
+            cost.exact(counts + np.eye(len(counts), dtype=int)[g]) - cost.exact(counts)
+            for g in range(len(counts))
+        ]
+        one_less = [
+            cost.exact(counts) - cost.exact(counts - np.eye(len(counts), dtype=int)[g])
+            for g in range(len(counts))
+        ]
+        # Costs are at most quadratic in one count: the derivative is the mean of both differences.
+        expected = (np.array(one_more) + np.array(one_less)) / 2
+        got = jax.grad(cost)(jnp.asarray(counts, float))
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_counts_of_gates():
+    apply, variables, args = MODELS["convolutional"]()
+    groups = ca.find_groups(apply, variables, *args)
+    gates = np.linspace(0, 1, groups.units)
+    expected = [gates[g.slice].sum() for g in groups.groups]
+    np.testing.assert_allclose(group_counts(groups, gates), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, float("nan")])
+def test_fraction_out_of_range(fraction):
+    with pytest.raises(BudgetError, match=r"expected a number in \(0, 1\]"):
+        ca.params(fraction)
+
+
+def test_unknown_cost():
+    with pytest.raises(BudgetError, match="expected one of"):
+        ca.Budget("latency", 0.5)
+
+
+def test_unreachable_budget_names_the_smallest():
+    apply, variables, args = MODELS["mlp"]()
+    groups = ca.find_groups(apply, variables, *args)
+    floor = COSTS["parameters"](groups).floor
+    assert floor == 5 + 1 + 3
+    with pytest.raises(BudgetError, match=rf"smallest reachable {floor} "):
+        ca.params(0.1).limit(groups)
+    assert ca.flops(1.0).limit(groups) == COSTS["flops"](groups).total
+    assert ca.nbytes(0.5).limit(groups) == COSTS["bytes"](groups).total // 2

@@ -1,0 +1,76 @@
+"""The experiments, run as a user runs them, with few steps; and the report that they write."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import compaware_jax as ca
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / script), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("model", ["dense", "conv"])
+def test_main_job(tmp_path, model):
+    steps = "60" if model == "dense" else "10"
+    arguments = (
+        "--data", "embedded", "--model", model, "--budget", "0.3", "--dense-steps", steps,
+        "--fine-tune", steps, "--search.steps", steps, "--name", "run", "--out", str(tmp_path),
+    )  # fmt: skip
+    output = run("mnist_autoencoder.py", *arguments)
+    folder = tmp_path / "run"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["data"]["source"] == "embedded"
+    assert "EMBEDDED DATA" in output
+    assert "EMBEDDED DATA" in metrics["data"]["note"]
+    dense = metrics["models"]["dense"]["parameters"]
+    for name, row in metrics["models"].items():
+        assert name in output
+        share = row["parameters"] / dense
+        assert share == 1 if name == "dense" else 0.2985 <= share <= 0.3
+    plan = ca.Plan.load(folder / "plan.json")
+    assert plan.parameters == metrics["models"]["compressed"]["parameters"]
+    html = (folder / "report.html").read_text()
+    assert len(re.findall(r'<img alt="[^"]+" src="data:image/png;base64,', html)) == 5
+    assert "EMBEDDED DATA" in html
+    assert not re.search(r'(src|href)="(?!data:)', html), "the report holds everything itself"
+    # Run again, it restores everything and writes the same.
+    before = (folder / "metrics.json").read_bytes()
+    run("mnist_autoencoder.py", *arguments)
+    assert (folder / "metrics.json").read_bytes() == before
+
+
+def test_sweep(tmp_path):
+    output = run(
+        "sweep_budgets.py", "--budgets", "0.1", "0.4", "--seeds", "1", "--data", "embedded",
+        "--dense-steps", "50", "--search.steps", "50", "--fine-tune", "50", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert "compilations of the training program: 1" in output
+    with (tmp_path / "sweep" / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["budget"] for row in rows] == ["0.1", "0.4"]
+    assert all(99.5 <= float(row["of budget"].rstrip("%")) <= 100 for row in rows)
+    assert (tmp_path / "sweep" / "trade_off.png").stat().st_size > 10_000
+
+
+def test_unknown_data_source_is_refused(tmp_path):
+    with pytest.raises(AssertionError, match="invalid choice"):
+        run("mnist_autoencoder.py", "--data", "cifar", "--out", str(tmp_path))

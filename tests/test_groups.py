@@ -1,0 +1,131 @@
+"""Groups: exact listings of small models, and what is refused or reported."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import compaware_jax as ca
+from compaware_jax.errors import TraceError, UnknownPrimitiveError
+from compaware_jax.models import autoencoder
+from tests.models import MODELS
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def listing(groups):
+    return {
+        "groups": [
+            {
+                "name": g.name,
+                "units": g.units,
+                "components": list(g.components),
+                "axes": [list(axis) for axis in g.axes],
+                "parameters": g.parameters,
+            }
+            for g in groups.groups
+        ],
+        "fixed": [[f.path, f.axis, f.indices] for f in groups.fixed],
+        "unread": list(groups.unread),
+    }
+
+
+@pytest.mark.parametrize("name", [*MODELS, "dense", "conv"])
+def test_golden(name):
+    """Listings checked by hand; a change here is a change of what leaves together."""
+    if name in MODELS:
+        apply, variables, args = MODELS[name]()
+        groups = ca.find_groups(apply, variables, *args)
+    else:
+        model = autoencoder(name)
+        variables = jax.eval_shape(model.init, jax.random.key(0))
+        groups = ca.find_groups(model.apply, variables, jnp.zeros((1, 28, 28, 1)), released=("latent",))
+    expected = json.loads((GOLDEN / f"{name}.json").read_text())
+    assert listing(groups) == expected
+
+
+def test_abstract_variables_give_the_same_groups():
+    apply, variables, args = MODELS["convolutional"]()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (variables, args))
+    concrete = ca.find_groups(apply, variables, *args)
+    abstract = ca.find_groups(apply, shapes[0], *shapes[1])
+    assert listing(concrete) == listing(abstract)
+
+
+def test_units_of_a_group_are_consecutive_and_complete():
+    apply, variables, args = MODELS["attention"]()
+    groups = ca.find_groups(apply, variables, *args)
+    seen = np.concatenate([units for axes in groups.units_of for units in axes])
+    assert set(seen[seen >= 0]) == set(range(groups.units))
+    assert [g.offset for g in groups.groups] == [0, *np.cumsum(groups.sizes)[:-1]]
+
+
+def test_table_says_why_axes_stay_whole():
+    apply, variables, args = MODELS["convolutional"]()
+    text = str(ca.find_groups(apply, variables, *args))
+    assert "conv/k[0]" in text
+    assert "spatial axis of the kernel" in text
+    assert "data input" in text
+    assert "output of the function" in text
+
+
+def test_unknown_primitive_is_kept_whole_and_named():
+    def apply(v, x):
+        return lax.sort(x @ v["a"], dimension=1) @ v["b"]
+
+    variables = {"a": np.ones((3, 4)), "b": np.ones((4, 2))}
+    groups = ca.find_groups(apply, variables, np.ones((2, 3)))
+    assert groups.units == 0
+    assert "`sort`" in groups.analysis.unknown[0]
+    assert "register_rule" in str(groups)
+    with pytest.raises(UnknownPrimitiveError, match=r"no rule for `sort`.*register_rule"):
+        ca.find_groups(apply, variables, np.ones((2, 3)), strict=True)
+
+
+def test_inexact_groups_are_left_alone_unless_released():
+    def normed(v, x):
+        return (x @ (v["a"] / jnp.linalg.norm(v["a"], axis=0))) @ v["b"]
+
+    variables = {"a": np.ones((2, 4)), "b": np.ones((4, 2))}
+    x = np.ones((2, 2))
+    closed = ca.find_groups(normed, variables, x)
+    assert closed.units == 0
+    assert any("singular at zero" in axis.reason for axis in closed.fixed)
+    assert ca.find_groups(normed, variables, x, inexact=True).units == 4
+
+
+def test_dead_code_ties_nothing():
+    def apply(v, x):
+        del_me = x @ v["a"] + x @ v["c"]
+        return x @ v["a"] @ v["b"] + 0 * del_me.shape[0]
+
+    variables = {"a": np.ones((3, 4)), "b": np.ones((4, 2)), "c": np.ones((3, 4))}
+    groups = ca.find_groups(apply, variables, np.ones((2, 3)))
+    assert groups.unread == ("c",)
+    assert [g.axes for g in groups.groups] == [(("a", 1, 1), ("b", 0, 1))]
+
+
+def test_component_names_can_be_given():
+    apply, variables, args = MODELS["mlp"]()
+    groups = ca.find_groups(apply, variables, *args, components=lambda path: "one")
+    assert groups.groups[0].components == ("one",)
+    assert not groups.groups[0].coupling
+
+
+def test_released_output_must_exist():
+    apply, variables, args = MODELS["mlp"]()
+    with pytest.raises(TraceError, match="released='latent' names no output"):
+        ca.find_groups(apply, variables, *args, released=("latent",))
+
+
+def test_variables_that_do_not_fit():
+    apply, variables, args = MODELS["mlp"]()
+    variables["second"]["w"] = np.ones((9, 3))
+    with pytest.raises(TraceError, match="cannot be traced with these variables"):
+        ca.find_groups(apply, variables, *args)
+    with pytest.raises(TraceError, match="`first` is str, expected an array"):
+        ca.find_groups(apply, {"first": "w"}, *args)

@@ -1,0 +1,91 @@
+"""The training loop: chunks, history, hooks, interruption."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from compaware_jax.errors import CheckpointError
+from compaware_jax.loop import run_steps
+
+
+def step(state, index):
+    new = {"x": state["x"] * 0.9 + index, "empty": state["empty"]}
+    return new, {"x": new["x"], "index": index}
+
+
+def start():
+    return {"x": jnp.float32(1.0), "empty": jnp.zeros(0)}
+
+
+def run(steps, **options):
+    return run_steps(step, start(), steps, label="test", progress=False, **options)
+
+
+def plain(steps):
+    x = 1.0
+    for index in range(steps):
+        x = x * 0.9 + index
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 23])
+def test_any_number_of_steps(steps):
+    state, history = run(steps, chunk=10)
+    assert float(state["x"]) == pytest.approx(plain(steps), rel=1e-5)
+    assert history["x"].shape == (-(-steps // 10),)
+    first = range(min(steps, 10))
+    assert history["index"][0] == pytest.approx(np.mean(first))
+
+
+class _StoppedError(Exception):
+    pass
+
+
+def test_goes_on_where_it_was(tmp_path):
+    def stop(state):
+        raise _StoppedError
+
+    with pytest.raises(_StoppedError):
+        run(40, chunk=5, directory=tmp_path, every=2, between={25: stop})
+    calls = []
+    state, history = run(
+        40, chunk=5, directory=tmp_path, every=2, between={15: calls.append, 25: lambda s: s}
+    )
+    assert calls == [], "step 15 lies before the checkpoint of step 20"
+    expected, expected_history = run(40, chunk=5)
+    assert state["x"] == expected["x"]
+    for name, values in history.items():
+        np.testing.assert_array_equal(values, expected_history[name])
+
+
+def test_interrupt_saves_the_last_chunk(tmp_path):
+    def interrupt(state):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(40, chunk=5, directory=tmp_path, every=100, between={25: interrupt})
+    assert [p.name for p in tmp_path.iterdir()] == ["5"]
+
+
+def test_finished_run_returns_at_once(tmp_path):
+    first, _ = run(20, chunk=5, directory=tmp_path)
+    seen = []
+    again, _ = run(20, chunk=5, directory=tmp_path, between={0: seen.append})
+    assert seen == []
+    assert again["x"] == first["x"]
+
+
+def test_other_job_and_other_shapes_are_refused(tmp_path):
+    run(20, chunk=5, directory=tmp_path, job={"seed": 1})
+    with pytest.raises(CheckpointError, match=r"differ in \{'seed': \(1, 2\)\}"):
+        run(20, chunk=5, directory=tmp_path, job={"seed": 2})
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        run_steps(
+            lambda s, i: (s, {"y": jnp.zeros(3)}), {"other": jnp.zeros((2, 2))}, 20, label="test",
+            chunk=5, directory=tmp_path, job={"seed": 1}, progress=False,
+        )  # fmt: skip
+
+
+def test_hooks_belong_between_chunks():
+    with pytest.raises(ValueError, match="multiples of chunk=10"):
+        run(40, chunk=10, between={5: lambda s: s})

@@ -1,0 +1,158 @@
+"""Plans and surgery: round trips, optimizer states, and everything foreign refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import compaware_jax as ca
+from compaware_jax.errors import PlanError
+from tests.models import MODELS
+
+
+@pytest.fixture
+def cut():
+    apply, variables, args = MODELS["convolutional"]()
+    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), variables)
+    groups = ca.find_groups(apply, variables, *args)
+    keep = np.arange(groups.units) % 3 != 1
+    return apply, variables, args, groups, keep, ca.plan_units(groups, keep)
+
+
+def test_expand_undoes_shrink_up_to_the_mask(cut):
+    _, variables, _, groups, keep, plan = cut
+    masked = ca.apply_mask(groups, jnp.asarray(keep, float), variables)
+    back = ca.expand(ca.shrink(variables, plan), plan)
+    for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(back), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_mask_is_like_the_variables(cut):
+    _, variables, _, groups, keep, _ = cut
+    mask = ca.mask(groups, jnp.asarray(keep, float), variables)
+    assert jax.tree.structure(mask) == jax.tree.structure(variables)
+    for m, leaf in zip(jax.tree.leaves(mask), jax.tree.leaves(variables), strict=True):
+        assert np.broadcast_shapes(m.shape, leaf.shape) == leaf.shape
+
+
+def test_optimizer_state_shrinks_along(cut):
+    apply, variables, args, _, _, plan = cut
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    gradients = jax.grad(lambda v: (apply(v, *args) ** 2).sum())(variables)
+    _, state = optimizer.update(gradients, optimizer.init(variables), variables)
+    small_state = ca.shrink(state, plan)
+    expected = ca.shrink(variables, plan)
+    moments = small_state[1][0]
+    assert int(moments.count) == 1
+    for part, full in ((moments.mu, state[1][0].mu), (moments.nu, state[1][0].nu)):
+        chex_shapes = jax.tree.map(jnp.shape, part)
+        assert chex_shapes == jax.tree.map(jnp.shape, expected)
+        np.testing.assert_array_equal(part["in"]["w"], ca.shrink(full, plan)["in"]["w"])
+    # One step goes on with it.
+    optimizer.update(jax.tree.map(jnp.ones_like, expected), small_state, expected)
+
+
+def test_flax_collections_shrink_on_their_own():
+    def apply(v, x):
+        return jnp.tanh(x @ v["params"]["a"]) @ v["params"]["b"]
+
+    variables = {"params": {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}}
+    plan = ca.plan_units(ca.find_groups(apply, variables, jnp.ones((1, 3))), np.arange(4) < 3)
+    assert ca.shrink(variables["params"], plan)["a"].shape == (3, 3)
+
+
+def test_plan_json_round_trip(cut, tmp_path):
+    plan = cut[-1]
+    assert ca.Plan.from_json(plan.to_json()) == plan
+    plan.save(tmp_path / "plan.json")
+    assert hash(ca.Plan.load(tmp_path / "plan.json")) == hash(plan)
+
+
+def test_plan_counts_parameters(cut):
+    _, variables, _, _, _, plan = cut
+    small = ca.shrink(variables, plan)
+    assert plan.parameters == sum(x.size for x in jax.tree.leaves(small))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("counts"), "not a plan"),
+        (lambda d: d["leaves"][0].update(shape=[4, 4]), "altered"),
+        (lambda d: d["leaves"][0].update(kept=[[9]] * len(d["leaves"][0]["kept"])), "ascending"),
+        (lambda d: d["leaves"][0].update(kept=[]), "axes, the plan lists 0"),
+    ],
+)
+def test_damaged_plans_are_refused(cut, change, message):
+    data = json.loads(cut[-1].to_json())
+    change(data)
+    with pytest.raises(PlanError, match=message):
+        ca.Plan.from_json(json.dumps(data))
+
+
+def test_plan_text_that_is_no_json():
+    with pytest.raises(PlanError, match="not a plan"):
+        ca.Plan.from_json("{")
+
+
+def test_plan_for_another_model(cut):
+    plan = cut[-1]
+    _, other, args = MODELS["mlp"]()
+    with pytest.raises(PlanError, match="no sub-tree has the leaves of the plan"):
+        ca.shrink(other, plan)
+    with pytest.raises(PlanError, match="do not fit the plan"):
+        ca.slim(MODELS["mlp"]()[0], plan)(other, *args)
+
+
+def test_full_variables_in_the_small_function(cut):
+    apply, variables, args, _, _, plan = cut
+    with pytest.raises(PlanError, match=r"Pass shrink\(variables, plan\)"):
+        ca.slim(apply, plan)(variables, *args)
+
+
+def test_function_that_needs_what_was_cut(cut):
+    _, variables, args, _, _, plan = cut
+
+    def looks_inside(v, x):
+        return v["conv"]["k"]
+
+    with pytest.raises(PlanError, match="needs whole"):
+        ca.slim(looks_inside, plan)(ca.shrink(variables, plan), *args)
+
+
+def test_function_that_ties_what_was_separated():
+    def apart(v, x):
+        return jnp.tanh(x @ v["a"]) @ v["c"] + jnp.tanh(x @ v["b"]) @ v["c2"]
+
+    def together(v, x):
+        return (x @ v["a"] + x @ v["b"]) @ (v["c"] + v["c2"])
+
+    variables = {k: np.ones((2, 3)) for k in "ab"} | {k: np.ones((3, 2)) for k in ("c", "c2")}
+    groups = ca.find_groups(apart, variables, np.ones((1, 2)))
+    plan = ca.plan_units(groups, np.array([True, True, False, False, True, True]))
+    with pytest.raises(PlanError, match="ties together"):
+        ca.slim(together, plan)(ca.shrink(variables, plan), np.ones((1, 2)))
+
+
+def test_emptied_group_is_refused(cut):
+    groups = cut[3]
+    with pytest.raises(PlanError, match="nothing of the group `conv`"):
+        ca.plan_units(groups, np.arange(groups.units) >= 4)
+    with pytest.raises(PlanError, match="one flag per unit"):
+        ca.plan_units(groups, np.ones(3, bool))
+
+
+def test_emptied_piece_is_refused():
+    def apply(v, x):
+        left, right = jnp.split(x @ v["a"], 2, -1)
+        return jnp.concatenate([jnp.tanh(left), right], -1) @ v["b"]
+
+    variables = {"a": np.ones((3, 6)), "b": np.ones((6, 2))}
+    groups = ca.find_groups(apply, variables, np.ones((1, 3)))
+    assert len(groups.groups) == 1
+    assert sorted(map(tuple, groups.guarded)) == [(0, 1, 2), (3, 4, 5)]
+    with pytest.raises(PlanError, match="make up a whole axis"):
+        ca.plan_units(groups, np.arange(6) < 3)
