@@ -36,6 +36,7 @@ class Result:
       plan: what was kept.
       groups: what could leave.
       coefficients: kept share per group that the search ended with, shape (groups,).
+      adapted: the weights that the search ended with, at full width, before surgery and fine-tune.
       verdicts: per criterion its value before and after, and whether it is kept.
       costs: per cost its value before and after.
       history: per phase ("search", "fine-tune") the means over chunks of steps.
@@ -46,6 +47,7 @@ class Result:
     plan: Plan
     groups: Groups
     coefficients: np.ndarray
+    adapted: Any
     verdicts: tuple[Verdict, ...]
     costs: Mapping[str, tuple[int, int]]
     history: Mapping[str, Mapping[str, np.ndarray]]
@@ -173,6 +175,7 @@ def compress(
         plan=plan,
         groups=groups,
         coefficients=coefficients,
+        adapted=trained,
         verdicts=verdicts,
         costs={name: (c.total, c.exact(counts)) for name, c in costs.items()},
         history={"search": search_history, "fine-tune": tune_history},

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from compaware_jax.errors import UnknownPrimitiveError
@@ -192,7 +193,7 @@ class _Propagation:
 
 def _number(constant: Any) -> float | None:
     """A constant scalar as a real number, where it is one and its value is known."""
-    if np.shape(constant) != () or not jax.dtypes.issubdtype(jax.dtypes.result_type(constant), np.number):
+    if np.shape(constant) != () or not jnp.issubdtype(jax.dtypes.result_type(constant), np.number):
         return None
     try:
         number = complex(constant)

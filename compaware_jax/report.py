@@ -44,8 +44,6 @@ def trade_off_figure(
     *,
     metric: str,
     cost: str = "parameters left (%)",
-    curve: tuple[np.ndarray, np.ndarray] | None = None,
-    curve_label: str = "",
 ) -> Figure:
     """A metric against the share of a cost that is left.
 
@@ -53,16 +51,12 @@ def trade_off_figure(
       points: per series its (share in percent, metric) points.
       metric: name of the metric, with its unit.
       cost: name of the horizontal axis.
-      curve: shares and values of a line behind the points.
-      curve_label: what the line is.
 
     Returns:
       The figure.
     """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(WIDTH, 4.0))
-        if curve is not None:
-            axes.plot(*curve, color="0.6", lw=1.5, label=curve_label, zorder=1)
         for number, (name, series) in enumerate(points.items()):
             x, y = np.array(sorted(series)).T
             colour = COLOURS[number % len(COLOURS)]
@@ -76,7 +70,7 @@ def trade_off_figure(
         axes.minorticks_off()
         axes.set_xlabel(cost)
         axes.set_ylabel(metric)
-        axes.legend(fontsize=9, loc="best")
+        figure.legend(fontsize=9, ncols=3, loc="outside lower center")
     return figure
 
 
