@@ -44,6 +44,7 @@ def constrained(
     def value(
         apply: Apply, variables: Any, batch: Any, multipliers: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
+        apply = _once(apply)
         base = loss(apply, variables, batch)
         if not trained:
             return base, jnp.zeros(0)
@@ -53,6 +54,25 @@ def constrained(
         return base + jax.lax.stop_gradient(base) * terms.sum(), violations
 
     return value
+
+
+def _once(apply: Apply) -> Apply:
+    """The function, remembering what it was called with.
+
+    Loss and criteria call it with the same arrays. XLA would merge the forward passes, but each call
+    would have a backward pass of its own.
+    """
+    seen: dict[Any, tuple[Any, Any]] = {}
+
+    def call(*args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        key = (structure, *map(id, leaves))
+        if key not in seen:
+            # The arrays are kept with the result, so that no other array can take their identity.
+            seen[key] = (leaves, apply(*args))
+        return seen[key][1]
+
+    return call
 
 
 def trainable(criteria: Sequence[Criterion]) -> tuple[Criterion, ...]:
