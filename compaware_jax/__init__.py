@@ -5,13 +5,15 @@ to keep while the weights adapt; `shrink` and `slim` are the surgery. See the RE
 example.
 """
 
-from compaware_jax.coefficients import GradientSearch, GridSearch
+from compaware_jax.coefficients import GradientSearch
 from compaware_jax.compress import Result, compress
 from compaware_jax.cost import Budget, flops, nbytes, params
 from compaware_jax.criteria import Criterion, at_least, at_most
+from compaware_jax.discover import find_groups
 from compaware_jax.errors import CompawareError
 from compaware_jax.fit import fit
-from compaware_jax.groups import Group, Groups, find_groups
+from compaware_jax.grid import GridSearch
+from compaware_jax.groups import Group, Groups
 from compaware_jax.masks import apply_mask, mask
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.rules import register_rule

@@ -1,13 +1,12 @@
 """Soft coefficients: how much of each group to keep, optimised together with the weights.
 
 Units of a group are ranked by a score. A group's coefficient says up to which rank its gates are open,
-with a soft edge, so one number per group has a gradient. Two searches with one interface find them: by
-gradient, jointly with the weights, and on a grid.
+with a soft edge, so one number per group has a gradient. `Search` is the interface of whatever finds
+them; `GradientSearch` finds them by gradient, jointly with the weights (`grid` has the other one).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -24,10 +23,8 @@ from compaware_jax.criteria import Apply, Criterion
 from compaware_jax.fit import (
     Batches,
     Loss,
-    adam_cosine,
     constrained,
     dual_ascent,
-    fit_step,
     trainable,
 )
 from compaware_jax.groups import Groups
@@ -279,83 +276,3 @@ def _tangent(
     by_cost = jax.grad(lambda x: jnp.log(cost(jnp.exp(x))))(log_counts)
     price = -jnp.sum(free * gradient) / jnp.maximum(jnp.sum(free * by_cost), 1e-6)
     return gradient + price * by_cost, price
-
-
-class GridState(NamedTuple):
-    """State of the grid search: the weights it starts from, the grid on the budget, losses so far."""
-
-    variables: Any
-    log_counts: jax.Array
-    losses: jax.Array
-    offset: jax.Array
-
-
-@dataclass(frozen=True)
-class GridSearch:
-    """Exhaustive search on a grid of relative coefficients, each tried by a short fine-tune.
-
-    The grid is the product of `levels` over all groups but the first, shifted onto the budget; points
-    that coincide there (a whole group stays whole) are tried once.
-
-    Attributes:
-      levels: factors on a group's share relative to the first group's.
-      steps_each: fine-tune steps per point, masked, from the dense weights.
-      learning_rate: of those (Adam, cosine to zero).
-      at_once: points tried together, by vmap.
-      validate: batches, beyond those of the fine-tune, whose mean loss scores a point.
-    """
-
-    levels: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    steps_each: int = 200
-    learning_rate: float = 2e-3
-    at_once: int = 4
-    validate: int = 4
-
-    def build(self, problem: Problem) -> Search:
-        """The search as pure functions; one step tries `at_once` points."""
-        groups, cost = problem.groups, problem.cost
-        levels = np.log(np.asarray(self.levels))
-        product = itertools.product(levels, repeat=max(len(groups.groups) - 1, 0))
-        grid = np.array([(0.0, *point) for point in product])
-        grid = np.concatenate([grid, grid[: -len(grid) % self.at_once]])
-
-        def init(variables: Any, budget: Any, key: jax.Array, offset: Any) -> GridState:
-            del key
-            points = jax.vmap(lambda x: on_budget(cost, x, jnp.asarray(budget, float)))(jnp.asarray(grid))
-            return GridState(variables, points, jnp.full(len(grid), jnp.inf), jnp.asarray(offset, jnp.int32))
-
-        def attempt(state: GridState, log_counts: jax.Array) -> jax.Array:
-            variables = state.variables
-            rank = ranks(groups, problem.score(groups, variables))
-            gates = soft_gates(groups, jnp.exp(log_counts), rank, 0.0)
-
-            def masked(tree: Any, *args: Any) -> Any:
-                return problem.apply(apply_mask(groups, gates, tree), *args)
-
-            def batches(index: jax.Array) -> Any:
-                return problem.batches(index + state.offset)
-
-            rule = adam_cosine(self.learning_rate, self.steps_each)
-            start, step = fit_step(masked, problem.loss, batches, rule, problem.criteria)
-            tuned, _ = jax.lax.scan(step, start(variables), jnp.arange(self.steps_each))
-            unseen = self.steps_each + jnp.arange(self.validate)
-            values = jax.lax.map(lambda i: problem.loss(masked, tuned.variables, batches(i)), unseen)
-            return values.mean()
-
-        def step(state: GridState, index: jax.Array) -> tuple[GridState, dict[str, jax.Array]]:
-            numbers = index * self.at_once + jnp.arange(self.at_once)
-            found = jax.vmap(lambda x: attempt(state, x))(state.log_counts[numbers])
-            losses = state.losses.at[numbers].set(found)
-            return state._replace(losses=losses), {"loss": losses.min()}
-
-        def coefficients(state: GridState) -> jax.Array:
-            best = state.log_counts[jnp.argmin(state.losses)]
-            return jnp.exp(best) / jnp.asarray(groups.sizes)
-
-        return Search(
-            init=init,
-            step=step,
-            steps=len(grid) // self.at_once,
-            coefficients=coefficients,
-            variables=lambda state: state.variables,
-        )

@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 
 from compaware_jax.groups import Groups
 from compaware_jax.plan import Plan
+from compaware_jax.tables import is_number
 
 # Okabe and Ito's palette: told apart by readers with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -62,7 +63,18 @@ def trade_off_figure(
             colour = COLOURS[number % len(COLOURS)]
             marker = "osD^vPX"[number % 7]
             line = "-" if len(set(x)) > 1 else "none"
-            axes.plot(x, y, color=colour, marker=marker, ls=line, ms=7, label=name, zorder=2)
+            axes.plot(
+                x,
+                y,
+                color=colour,
+                marker=marker,
+                ls=line,
+                ms=7,
+                mec="white",
+                mew=0.6,
+                label=name,
+                zorder=2 + (line == "none"),
+            )
         axes.set_xscale("log")
         low, high = axes.get_xlim()
         ticks = [t for t in (1, 2, 3, 5, 10, 20, 30, 50, 100) if low <= t <= high * 1.01]
@@ -167,7 +179,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; m
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
 th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+th.text, td.text { text-align: left; }
 th { border-bottom: 2px solid #999; }
 img { max-width: 100%; margin-top: 0.8rem; }
 .warning { background: #fff3cd; border-left: 4px solid #E69F00; padding: 0.6rem 1rem; }
@@ -208,8 +220,13 @@ def html_report(
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     def cells(tag: str, values: Sequence[object]) -> str:
-        return "".join(f"<{tag}>{html.escape(str(value))}</{tag}>" for value in values)
+        return "".join(
+            f"<{tag}{' class=text' if is_text else ''}>{html.escape(str(value))}</{tag}>"
+            for is_text, value in zip(text, values, strict=True)
+        )
 
+    # Text reads from the left, figures compare from the right.
+    text = [not all(is_number(row[column]) for row in rows) for column in range(len(header))]
     lines = [f"<tr>{cells('td', row)}</tr>" for row in rows]
     head = f"<tr>{cells('th', header)}</tr>"
     return f'<div class="scroll"><table>{head}{"".join(lines)}</table></div>'

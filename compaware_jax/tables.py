@@ -14,7 +14,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]], title: s
     """Rows as aligned text; columns whose cells are all numbers are set flush right."""
     table = Table(box=SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
     for column, name in enumerate(header):
-        numeric = all(_is_number(row[column]) for row in rows)
+        numeric = all(is_number(row[column]) for row in rows)
         table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
@@ -25,7 +25,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]], title: s
     return "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
 
 
-def _is_number(cell: object) -> bool:
+def is_number(cell: object) -> bool:
+    """Whether a cell reads as a figure, with or without its unit."""
     text = str(cell).replace(",", "").replace("%", "").replace("×", "").replace("–", "0").strip()
     try:
         float(text.split(" ")[0] if text else "0")

@@ -34,7 +34,7 @@ def digits_figure(rows: Mapping[str, np.ndarray]) -> Figure:
             axes.set_yticks([])
             axes.grid(visible=False)
             axes.spines[:].set_visible(False)
-        figure.suptitle(f"{count} held-out digits, one of each class first", fontsize=10)
+        figure.suptitle(f"{count} held-out digits, one of each class", fontsize=10)
     return figure
 
 

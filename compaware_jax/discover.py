@@ -1,0 +1,260 @@
+"""Discovery: from the coupling analysis of a function to its groups of units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from compaware_jax.errors import TraceError
+from compaware_jax.groups import COLLECTIONS, FixedAxis, Group, Groups, Leaf, default_component, leaves_of
+from compaware_jax.propagate import Analysis, analyse, work_axes
+from compaware_jax.trace import trace
+
+
+def find_groups(
+    apply: Callable[..., Any],
+    variables: Any,
+    *args: Any,
+    components: Callable[[str], str] = default_component,
+    released: Sequence[str] = (),
+    inexact: bool = False,
+    strict: bool = False,
+) -> Groups:
+    """Find the coupled channels of a function, read off its jaxpr.
+
+    Args:
+      apply: pure function, called as ``apply(variables, *args)``.
+      variables: pytree of arrays or `jax.ShapeDtypeStruct`.
+      *args: example inputs, arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
+      components: maps a leaf path such as ``params/encoder/Dense_0/kernel`` to a component's name.
+      released: tree paths of outputs whose axes may be cut, e.g. ``("latent",)``; all other outputs
+        keep their shape.
+      inexact: also release groups whose removal differs from masking (a norm of a removed column).
+      strict: raise at a primitive without a rule instead of keeping whole what reaches it.
+
+    Returns:
+      The `Groups`.
+
+    Raises:
+      TraceError: the function cannot be traced with these variables and inputs, or `released` names no
+        output.
+      UnknownPrimitiveError: in strict mode, at a primitive without a rule.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import compaware_jax as ca
+      >>> def mlp(variables, x):
+      ...     hidden = jax.nn.relu(x @ variables["first"]["w"] + variables["first"]["b"])
+      ...     return hidden @ variables["second"]["w"]
+      >>> variables = {
+      ...     "first": {"w": jnp.ones((3, 8)), "b": jnp.ones(8)},
+      ...     "second": {"w": jnp.ones((8, 2))},
+      ... }
+      >>> groups = ca.find_groups(mlp, variables, jnp.ones((1, 3)))
+      >>> [(g.name, g.units, g.coupling) for g in groups.groups]
+      [('first', 8, True)]
+    """
+    program = trace(apply, variables, *args)
+    positions = []
+    for name in released:
+        if name not in program.output_paths:
+            raise TraceError(
+                f"find_groups: released={name!r} names no output of the function, which has "
+                f"{list(program.output_paths)}. Pass one of these paths."
+            )
+        positions.append(program.output_paths.index(name))
+    analysis = analyse(program, released=positions, strict=strict)
+    return _collect(analysis, leaves_of(variables), components, inexact, tuple(released))
+
+
+def _collect(
+    analysis: Analysis,
+    leaves: tuple[Leaf, ...],
+    components: Callable[[str], str],
+    inexact: bool,
+    released: tuple[str, ...],
+) -> Groups:
+    program, solution = analysis.program, analysis.solution
+    order, unread = _first_use(analysis)
+    free = analysis.free.copy()
+    if not inexact:
+        free[list(solution.inexact)] = False
+
+    # Where classes appear: on leaf axes in order of first use, then on axes that count as work.
+    appearances: list[tuple[np.ndarray, tuple[int, int] | None]] = []
+    for position in order:
+        value = program.leaf_values[position]
+        for axis, labels in enumerate(analysis.labels(value)):
+            if labels is not None:
+                appearances.append((labels, (position, axis)))
+    on_leaves = len(appearances)
+    appearances += [(labels, None) for labels in _work_labels(analysis)]
+
+    classes, first, signature = _signatures(appearances, on_leaves, free, solution.count)
+    # Groups in the order in which their first units appear, units in the order of their indices.
+    order_of_units = np.argsort(first[classes], kind="stable")
+    classes = classes[order_of_units]
+    _, start, inverse = np.unique(signature[classes], return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(start))
+    group_of = rank[inverse]
+    classes = classes[np.argsort(group_of, kind="stable")]
+    sizes = np.bincount(group_of, minlength=len(start))
+
+    unit_of_class = np.full(solution.count + 1, -1)
+    unit_of_class[classes] = np.arange(len(classes))
+    units_of, fixed = [], []
+    for position, leaf in enumerate(leaves):
+        value = program.leaf_values[position]
+        per_axis = []
+        for axis, labels in enumerate(analysis.labels(value)):
+            size = leaf.shape[axis]
+            units = np.full(size, -1) if labels is None else unit_of_class[labels]
+            if leaf.path in unread:
+                units = np.full(size, -1)
+            elif labels is not None and (units < 0).any():
+                fixed.append(_fixed_axis(analysis, leaf, axis, value, units))
+            per_axis.append(units)
+        units_of.append(tuple(per_axis))
+
+    offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]) if len(sizes) else np.zeros(0, int)
+    groups = _describe(leaves, units_of, order, offsets, sizes, components)
+    return Groups(
+        groups=groups,
+        leaves=leaves,
+        units_of=tuple(units_of),
+        fixed=tuple(fixed),
+        unread=unread,
+        guarded=_guarded(analysis, unit_of_class, groups),
+        released=released,
+        analysis=analysis,
+        unit_of_class=unit_of_class,
+        component_of=components,
+    )
+
+
+def _first_use(analysis: Analysis) -> tuple[list[int], tuple[str, ...]]:
+    """Positions of the leaves in the order in which the program reads them; paths never read."""
+    program = analysis.program
+    position_of = {value: i for i, value in enumerate(program.leaf_values)}
+    read = [v for eqn in program.block.equations for v in eqn.inputs] + list(program.block.outputs)
+    order = list(dict.fromkeys(position_of[v] for v in read if v in position_of))
+    unread = tuple(name for i, name in enumerate(program.leaves) if i not in set(order))
+    return order, unread
+
+
+def _work_labels(analysis: Analysis) -> list[np.ndarray]:
+    return [
+        labels
+        for value, axis in dict.fromkeys(pair for pairs in work_axes(analysis.program) for pair in pairs)
+        if (labels := analysis.labels(value)[axis]) is not None
+    ]
+
+
+def _signatures(
+    appearances: list[tuple[np.ndarray, Any]], on_leaves: int, free: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Free classes on leaves, where each first appears, and a hash of the axes that each spans."""
+    first = np.full(count, np.iinfo(np.int64).max)
+    signature = np.zeros(count, np.uint64)
+    mix = np.random.default_rng(0)
+    start = 0
+    for number, (labels, _) in enumerate(appearances):
+        here, at, times = np.unique(labels, return_index=True, return_counts=True)
+        keep = here >= 0
+        here, at, times = here[keep], at[keep], times[keep]
+        # A random word per axis, times the number of indices: a multiset hash, modulo 2^64.
+        word = mix.integers(1, 2**63, dtype=np.uint64) | np.uint64(1)
+        signature[here] += word * times.astype(np.uint64)
+        if number < on_leaves:
+            first[here] = np.minimum(first[here], start + at)
+            start += len(labels)
+    on_leaf = first < np.iinfo(np.int64).max
+    return np.flatnonzero(free & on_leaf), first, signature
+
+
+def _fixed_axis(analysis: Analysis, leaf: Leaf, axis: int, value: int, units: np.ndarray) -> FixedAxis:
+    factor = next(f for f in analysis.factors[value] if axis in f.axes)
+    classes = analysis.solution.labels[factor.ids][units < 0]
+    for label in classes:
+        reason = analysis.solution.fixed.get(label) or analysis.solution.inexact.get(label)
+        if reason:
+            return FixedAxis(leaf.path, axis, int((units < 0).sum()), reason)
+    raise AssertionError("a fixed class has a reason")
+
+
+def _describe(
+    leaves: tuple[Leaf, ...],
+    units_of: list[tuple[np.ndarray, ...]],
+    order: list[int],
+    offsets: np.ndarray,
+    sizes: np.ndarray,
+    components: Callable[[str], str],
+) -> tuple[Group, ...]:
+    axes: list[list[tuple[str, int, int]]] = [[] for _ in sizes]
+    parameters = np.zeros(len(sizes), int)
+    for position in order:
+        leaf = leaves[position]
+        in_leaf: dict[int, list[int]] = {}
+        for axis, units in enumerate(units_of[position]):
+            counts = np.bincount(units[units >= 0], minlength=int(sizes.sum()))
+            for group in np.flatnonzero(counts[offsets]) if len(offsets) else ():
+                axes[group].append((leaf.path, axis, int(counts[offsets[group]])))
+                in_leaf.setdefault(int(group), []).append(axis)
+        size = int(np.prod(leaf.shape))
+        for group, spanned in in_leaf.items():
+            unit = offsets[group]
+            rest = size
+            for axis in spanned:
+                held = int((units_of[position][axis] == unit).sum())
+                rest = rest // leaf.shape[axis] * (leaf.shape[axis] - held)
+            parameters[group] += size - rest
+    names = _names([spans[0] for spans in axes])
+    return tuple(
+        Group(
+            name=names[g],
+            units=int(sizes[g]),
+            offset=int(offsets[g]),
+            axes=tuple(axes[g]),
+            components=tuple(dict.fromkeys(components(path) for path, _, _ in axes[g])),
+            parameters=int(parameters[g]),
+        )
+        for g in range(len(sizes))
+    )
+
+
+def _names(first_axes: list[tuple[str, int, int]]) -> list[str]:
+    """Module paths; with the axis, then a number, where that alone is not unique."""
+    modules = []
+    for path, _, _ in first_axes:
+        keys = path.split("/")
+        keys = keys[1:] if keys[0] in COLLECTIONS else keys
+        modules.append("/".join(keys[:-1]) or keys[-1])
+    names: list[str] = []
+    for module, (path, axis, _) in zip(modules, first_axes, strict=True):
+        name = module
+        if modules.count(module) > 1:
+            leaf = path.rsplit("/", 1)[-1]
+            name = f"{module}:{axis}" if leaf == module else f"{module}/{leaf}:{axis}"
+        number = sum(n == name or n.startswith(f"{name}#") for n in names)
+        names.append(f"{name}#{number}" if number else name)
+    return names
+
+
+def _guarded(
+    analysis: Analysis, unit_of_class: np.ndarray, groups: tuple[Group, ...]
+) -> tuple[np.ndarray, ...]:
+    """Sets of units that make up the whole of some value's axis but no whole group."""
+    sets: dict[bytes, np.ndarray] = {}
+    seen: set[bytes] = set()
+    for value in analysis.factors:
+        for labels in analysis.labels(value):
+            if labels is None or labels.tobytes() in seen:
+                continue
+            seen.add(labels.tobytes())
+            units = np.unique(unit_of_class[labels])
+            if len(units) and units[0] >= 0:
+                sets[units.tobytes()] = units
+    whole = [set(range(g.offset, g.offset + g.units)) for g in groups]
+    return tuple(units for units in sets.values() if not any(w <= set(units.tolist()) for w in whole))
