@@ -18,6 +18,7 @@ from compaware_jax.masks import apply_mask, mask
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.rules import register_rule
 from compaware_jax.surgery import expand, shrink, slim
+from compaware_jax.sweep import sweep
 
 __all__ = [
     "Budget",
@@ -44,4 +45,5 @@ __all__ = [
     "register_rule",
     "shrink",
     "slim",
+    "sweep",
 ]

@@ -16,7 +16,7 @@ import numpy as np
 from compaware_jax.coefficients import GradientSearch, Problem, Score, SearchMethod
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion, Verdict, check_dense, measure
-from compaware_jax.errors import CriterionError, PlanError
+from compaware_jax.errors import CriterionError, PlanError, TraceError
 from compaware_jax.fit import Batches, Loss, fit
 from compaware_jax.groups import Groups, fingerprint, leaves_of
 from compaware_jax.importance import l2
@@ -108,9 +108,11 @@ def compress(
       BudgetError: the budget is below what the fixed axes allow.
       CriterionError: the dense model already fails a criterion.
       PlanError: the variables are not those that the groups were found for.
+      TraceError: the loss is not one finite number.
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
     """
     _check_variables(variables, groups)
+    _check_loss(loss, apply, variables, batches)
     limit = budget.limit(groups)
     criteria = tuple(criteria)
     if criteria and held_out is None:
@@ -201,6 +203,15 @@ def _check_variables(variables: Any, groups: Groups) -> None:
         raise PlanError(
             f"compress: {bad[:3]} hold values that are not finite. Expected a trained model; look for "
             "where its training diverged."
+        )
+
+
+def _check_loss(loss: Loss, apply: Apply, variables: Any, batches: Batches) -> None:
+    value = jax.jit(lambda v: loss(apply, v, batches(jnp.int32(0))))(variables)
+    if value.shape != () or not bool(jnp.isfinite(value)):
+        raise TraceError(
+            f"compress: the loss of the dense model on batches(0) is {value}, expected one finite number. "
+            "Look for values in the data that are not finite, or for a loss without a mean."
         )
 
 

@@ -21,7 +21,6 @@ from mnist_task import Data, Preset, Task, criteria_below, loss, metrics_of
 
 import compaware_jax as ca
 from compaware_jax.report import save_figures, trade_off_figure
-from compaware_jax.sweep import sweep
 from compaware_jax.tables import text_table
 
 
@@ -79,7 +78,7 @@ def main(config: Config) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(count)
     started = time.perf_counter()
-    points = sweep(
+    points = ca.sweep(
         task.model.apply,
         dense,
         loss,

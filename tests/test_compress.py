@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 import compaware_jax as ca
-from compaware_jax.errors import BudgetError, CheckpointError, CriterionError, PlanError
-from compaware_jax.sweep import sweep
+from compaware_jax.errors import BudgetError, CheckpointError, CriterionError, PlanError, TraceError
 from tests import tasks
 
 BOUND = ca.at_most("error", tasks.error, 0.25)
@@ -107,13 +106,18 @@ def test_bad_input(trained, tmp_path):
         ca.at_least("x", tasks.error, float("nan"))
     with pytest.raises(CriterionError, match="criteria need held_out"):
         compress(trained, held_out=None)
+    with pytest.raises(TraceError, match=r"is nan, expected one finite number"):
+        ca.compress(
+            tasks.apply, variables, tasks.loss, lambda step: tasks.batches(step) * jnp.nan,
+            groups=groups, budget=ca.params(0.5),
+        )  # fmt: skip
     broken = jax.tree.map(lambda x: x * jnp.nan, variables)
     with pytest.raises(PlanError, match="not finite"):
         compress((broken, groups))
     with pytest.raises(PlanError, match="not those that the groups were found for"):
         compress(({"layer0": variables["layer0"]}, groups))
     with pytest.raises(ValueError, match="all on the same cost"):
-        sweep(
+        ca.sweep(
             tasks.apply, variables, tasks.loss, tasks.batches, groups=groups,
             budgets=[ca.params(0.5), ca.flops(0.5)],
         )  # fmt: skip
@@ -187,7 +191,7 @@ def test_killed_and_started_again(tmp_path):
 def test_sweep_is_what_compress_does(trained):
     variables, groups = trained
     budgets = [ca.params(b) for b in (0.3, 0.6)]
-    points = sweep(
+    points = ca.sweep(
         tasks.apply, variables, tasks.loss, tasks.batches, groups=groups, budgets=budgets, seeds=2,
         criteria=[BOUND], held_out=tasks.held_out(), search=tasks.SEARCH, fine_tune=100,
         learning_rate=1e-2, progress=False,
