@@ -118,13 +118,14 @@ def on_budget(cost: Cost, log_share: Float[Array, " groups"], budget: ArrayLike)
       budget: fraction of the dense cost.
 
     Returns:
-      Log counts, shape (groups,), between 0 (one unit) and the whole group.
+      Log counts, shape (groups,), between the fewest that may stay and the whole group.
     """
     top = jnp.log(jnp.asarray(cost.units, log_share.dtype))
+    bottom = jnp.log(jnp.asarray(cost.least, log_share.dtype))
     goal = budget * cost(jnp.exp(top))
 
     def place(shift: jax.Array) -> jax.Array:
-        return jnp.clip(top + log_share + shift, 0.0, top)
+        return jnp.clip(top + log_share + shift, bottom, top)
 
     def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
@@ -132,7 +133,7 @@ def on_budget(cost: Cost, log_share: Float[Array, " groups"], budget: ArrayLike)
         over = cost(jnp.exp(place(middle))) > goal
         return jnp.where(over, low, middle), jnp.where(over, middle, high)
 
-    # At the low end every group is down to one unit, at the high end every group is whole.
+    # At the low end every group is down to the fewest units, at the high end every group is whole.
     bounds = (-jnp.max(top + log_share), -jnp.min(log_share))
     low, _ = jax.lax.fori_loop(0, 30, halve, bounds)
     return place(low)

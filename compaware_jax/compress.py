@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from compaware_jax.coefficients import GradientSearch, Problem, Score, SearchMethod
 from compaware_jax.cost import COSTS, Budget
-from compaware_jax.criteria import Apply, Criterion, Verdict, check_dense, measure
-from compaware_jax.errors import CriterionError, PlanError, TraceError
+from compaware_jax.criteria import Apply, Criterion, Verdict, measure
 from compaware_jax.fit import Batches, Loss, fit
-from compaware_jax.groups import Groups, fingerprint, leaves_of
+from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
 from compaware_jax.loop import run_steps
 from compaware_jax.plan import Plan, plan_units
+from compaware_jax.request import check_request, describe_request
 from compaware_jax.select import keep_units, round_counts
 from compaware_jax.surgery import shrink, slim
 
@@ -107,33 +105,21 @@ def compress(
     Raises:
       BudgetError: the budget is below what the fixed axes allow.
       CriterionError: the dense model already fails a criterion.
-      PlanError: the variables are not those that the groups were found for.
+      PlanError: nothing can leave, or the variables are not those of the groups, or not trainable.
       TraceError: the loss is not one finite number.
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
     """
-    _check_variables(variables, groups)
-    _check_loss(loss, apply, variables, batches)
     limit = budget.limit(groups)
-    criteria = tuple(criteria)
-    if criteria and held_out is None:
-        raise CriterionError(
-            "compress: criteria need held_out, the batch that they are measured on; got None."
-        )
-    before = measure(criteria, apply, variables, held_out) if criteria else {}
-    if not allow_failing:
-        check_dense(criteria, before)
-
     cost = COSTS[budget.cost](groups)
+    problem = Problem(apply, loss, batches, groups, cost, tuple(criteria), score)
+    before = check_request(problem, variables, held_out, allow_failing=allow_failing)
+    criteria = problem.criteria
     key = jax.random.key(0) if key is None else key
     method = GradientSearch() if search is None else search
-    found = method.build(Problem(apply, loss, batches, groups, cost, criteria, score))
+    found = method.build(problem)
     job = {
-        "model": groups.fingerprint,
-        "variables": _digest(variables),
+        **describe_request(problem, variables, method),
         "budget": [budget.cost, budget.fraction],
-        "criteria": [str(c) for c in criteria],
-        "search": _describe(method),
-        "score": getattr(score, "__name__", repr(score)),
         "key": np.asarray(jax.random.key_data(key)).tolist(),
         "fine_tune": [fine_tune, learning_rate],
     }
@@ -182,48 +168,3 @@ def compress(
         costs={name: (c.total, c.exact(counts)) for name, c in costs.items()},
         history={"search": search_history, "fine-tune": tune_history},
     )
-
-
-def _check_variables(variables: Any, groups: Groups) -> None:
-    got = fingerprint(leaves_of(variables))
-    if got != groups.fingerprint:
-        expected = {leaf.path: leaf for leaf in groups.leaves}
-        wrong = [leaf for leaf in leaves_of(variables) if expected.get(leaf.path) != leaf]
-        raise PlanError(
-            f"compress: the variables (fingerprint {got}) are not those that the groups were found for "
-            f"({groups.fingerprint}); first difference: {wrong[0] if wrong else 'missing leaves'}. Call "
-            "find_groups with these variables."
-        )
-    bad = [
-        leaf.path
-        for leaf, array in zip(groups.leaves, jax.tree.leaves(variables), strict=True)
-        if jnp.issubdtype(array.dtype, jnp.inexact) and not bool(jnp.isfinite(array).all())
-    ]
-    if bad:
-        raise PlanError(
-            f"compress: {bad[:3]} hold values that are not finite. Expected a trained model; look for "
-            "where its training diverged."
-        )
-
-
-def _check_loss(loss: Loss, apply: Apply, variables: Any, batches: Batches) -> None:
-    value = jax.jit(lambda v: loss(apply, v, batches(jnp.int32(0))))(variables)
-    if value.shape != () or not bool(jnp.isfinite(value)):
-        raise TraceError(
-            f"compress: the loss of the dense model on batches(0) is {value}, expected one finite number. "
-            "Look for values in the data that are not finite, or for a loss without a mean."
-        )
-
-
-def _digest(tree: Any) -> str:
-    """A hash of a tree's values: what a checkpoint is tied to beside the shapes."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _describe(method: Any) -> Any:
-    settings = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
-    # JSON has no tuples: a checkpoint's job has to compare equal after a round trip.
-    return {type(method).__name__: {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +34,7 @@ class Cost:
       terms: per product the axes multiplied, shape (terms, factors); axis 0 is the constant one.
       weights: per product its weight, shape (terms,).
       units: units per group, shape (groups,).
+      least: the fewest units that may stay per group, shape (groups,).
     """
 
     name: str
@@ -41,6 +43,7 @@ class Cost:
     terms: np.ndarray
     weights: np.ndarray
     units: np.ndarray
+    least: np.ndarray
 
     def __call__(self, counts: Num[ArrayLike, " groups"]) -> Float[Array, ""]:
         """The cost of soft or hard counts, shape (groups,): a float scalar, differentiable."""
@@ -61,8 +64,8 @@ class Cost:
 
     @property
     def floor(self) -> int:
-        """The cost with one unit left in every group: what fixed axes allow."""
-        return self.exact(np.minimum(self.units, 1))
+        """The cost with the fewest units left in every group: what fixed axes allow."""
+        return self.exact(self.least)
 
 
 def parameter_cost(groups: Groups) -> Cost:
@@ -96,8 +99,13 @@ def flop_cost(groups: Groups) -> Cost:
 def _leaf_cost(name: str, groups: Groups, weight: Callable[[int], int]) -> Cost:
     builder = _Builder(groups)
     for leaf, axes in zip(groups.leaves, groups.units_of, strict=True):
-        builder.add([builder.axis(units) for units in axes], weight(np.dtype(leaf.dtype).itemsize))
+        builder.add([builder.axis(units) for units in axes], weight(_itemsize(leaf.dtype)))
     return builder.cost(name)
+
+
+def _itemsize(dtype: str) -> int:
+    # A typed random key is two 32-bit words.
+    return 8 if dtype.startswith("key<") else jnp.dtype(dtype).itemsize
 
 
 class _Builder:
@@ -135,6 +143,7 @@ class _Builder:
             terms=terms,
             weights=np.array([weight for _, weight in self.products], np.int64),
             units=self.groups.sizes,
+            least=self.groups.floors,
         )
 
 
@@ -183,16 +192,27 @@ class Budget:
         return limit
 
 
-def params(fraction: float) -> Budget:
+def _budget(cost: str, fraction: Any) -> Budget:
+    try:
+        return Budget(cost, float(fraction))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, BudgetError):
+            raise
+        raise BudgetError(
+            f"Budget: the fraction of {cost} is {fraction!r}, expected a number in (0, 1]."
+        ) from error
+
+
+def params(fraction: Any) -> Budget:
     """At most this fraction of the dense model's parameters, in (0, 1]."""
-    return Budget("parameters", fraction)
+    return _budget("parameters", fraction)
 
 
-def nbytes(fraction: float) -> Budget:
+def nbytes(fraction: Any) -> Budget:
     """At most this fraction of the dense model's bytes, in (0, 1]."""
-    return Budget("bytes", fraction)
+    return _budget("bytes", fraction)
 
 
-def flops(fraction: float) -> Budget:
+def flops(fraction: Any) -> Budget:
     """At most this fraction of the dense model's FLOPs at the traced input shapes, in (0, 1]."""
-    return Budget("flops", fraction)
+    return _budget("flops", fraction)

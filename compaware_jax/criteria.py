@@ -86,7 +86,16 @@ def measure(criteria: Sequence[Criterion], apply: Apply, variables: Any, batch: 
 
     Returns:
       Value per criterion's name.
+
+    Raises:
+      CriterionError: two criteria have the same name.
     """
+    names = [c.name for c in criteria]
+    if len(set(names)) < len(names):
+        raise CriterionError(
+            f"measure: criteria are named {names}, expected names of their own. Rename one, so that each "
+            "can be reported."
+        )
     values = jax.jit(lambda v, b: [c.metric(apply, v, b) for c in criteria])(variables, batch)
     return {c.name: float(value) for c, value in zip(criteria, values, strict=True)}
 

@@ -57,6 +57,7 @@ def find_groups(
       [('first', 8, True)]
     """
     program = trace(apply, variables, *args)
+    released = (released,) if isinstance(released, str) else tuple(released)
     positions = []
     for name in released:
         if name not in program.output_paths:
@@ -66,7 +67,7 @@ def find_groups(
             )
         positions.append(program.output_paths.index(name))
     analysis = analyse(program, released=positions, strict=strict)
-    return _collect(analysis, leaves_of(variables), components, inexact, tuple(released))
+    return _collect(analysis, leaves_of(variables), components, inexact, released)
 
 
 def _collect(

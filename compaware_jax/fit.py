@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend.core import get_opaque_trace_state
 
 from compaware_jax.criteria import Apply, Criterion
-from compaware_jax.loop import run_steps
+from compaware_jax.loop import digest, run_steps
 
 Loss = Callable[[Apply, Any, Any], jax.Array]
 """``(apply, variables, batch) -> scalar``, differentiable in the variables."""
@@ -51,7 +52,7 @@ def constrained(
         violations = -jnp.stack([c.margin(c.metric(apply, variables, batch)) for c in trained])
         raised = jnp.maximum(0.0, multipliers + strength * violations)
         terms = (raised**2 - multipliers**2) / (2 * strength)
-        return base + jax.lax.stop_gradient(base) * terms.sum(), violations
+        return base + jax.lax.stop_gradient(jnp.abs(base)) * terms.sum(), violations
 
     return value
 
@@ -62,15 +63,17 @@ def _once(apply: Apply) -> Apply:
     Loss and criteria call it with the same arrays. XLA would merge the forward passes, but each call
     would have a backward pass of its own.
     """
-    seen: dict[Any, tuple[Any, Any]] = {}
+    seen: dict[Any, tuple[Any, Any, Any]] = {}
 
-    def call(*args: Any) -> Any:
-        leaves, structure = jax.tree.flatten(args)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = jax.tree.flatten((args, kwargs))
         key = (structure, *map(id, leaves))
-        if key not in seen:
+        trace = get_opaque_trace_state()
+        # A result made inside another transformation (a checkpoint, a scan) may not leave it.
+        if key not in seen or seen[key][0] != trace:
             # The arrays are kept with the result, so that no other array can take their identity.
-            seen[key] = (leaves, apply(*args))
-        return seen[key][1]
+            seen[key] = (trace, leaves, apply(*args, **kwargs))
+        return seen[key][2]
 
     return call
 
@@ -95,7 +98,7 @@ class FitState(NamedTuple):
 
 def adam_cosine(learning_rate: float, steps: int) -> optax.GradientTransformation:
     """Adam with a cosine from the learning rate to zero."""
-    return optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+    return optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
 
 
 def fit_step(
@@ -166,7 +169,12 @@ def fit(
         steps,
         label=label,
         directory=directory,
-        job={"steps": steps, "learning_rate": learning_rate, **(job or {})},
+        job={
+            "start": digest(variables),
+            "learning_rate": learning_rate,
+            "criteria": [str(c) for c in trainable(criteria)],
+            **(job or {}),
+        },
         progress=progress,
     )
     return state.variables, history

@@ -29,8 +29,7 @@ class GridState(NamedTuple):
 class GridSearch:
     """Exhaustive search on a grid of relative coefficients, each tried by a short fine-tune.
 
-    The grid is the product of `levels` over all groups but the first, shifted onto the budget; points
-    that coincide there (a whole group stays whole) are tried once.
+    The grid is the product of `levels` over all groups but the first, shifted onto the budget.
 
     Attributes:
       levels: factors on a group's share relative to the first group's.
@@ -52,7 +51,8 @@ class GridSearch:
         levels = np.log(np.asarray(self.levels))
         product = itertools.product(levels, repeat=max(len(groups.groups) - 1, 0))
         grid = np.array([(0.0, *point) for point in product])
-        grid = np.concatenate([grid, grid[: -len(grid) % self.at_once]])
+        rows = -(-len(grid) // self.at_once) * self.at_once
+        grid = np.resize(grid, (rows, len(groups.groups)))
 
         def init(variables: Any, budget: Any, key: jax.Array, offset: Any) -> GridState:
             del key
@@ -64,8 +64,8 @@ class GridSearch:
             rank = ranks(groups, problem.score(groups, variables))
             gates = soft_gates(groups, jnp.exp(log_counts), rank, 0.0)
 
-            def masked(tree: Any, *args: Any) -> Any:
-                return problem.apply(apply_mask(groups, gates, tree), *args)
+            def masked(tree: Any, *args: Any, **kwargs: Any) -> Any:
+                return problem.apply(apply_mask(groups, gates, tree), *args, **kwargs)
 
             def batches(index: jax.Array) -> Any:
                 return problem.batches(index + state.offset)

@@ -116,6 +116,15 @@ class Groups:
         return np.repeat(np.arange(len(self.groups)), self.sizes)
 
     @property
+    def floors(self) -> np.ndarray:
+        """The fewest units that may stay per group: one, or one per guarded set that it answers for."""
+        floors = np.minimum(self.sizes, 1)
+        answers = np.bincount(
+            [self.group_of_unit[units[0]] for units in self.guarded] or [0], minlength=len(floors)
+        )
+        return np.maximum(floors, answers if self.guarded else 0)
+
+    @property
     def components(self) -> tuple[str, ...]:
         """Names of the components, in the order of the groups, then of the leaves."""
         names = [name for group in self.groups for name in group.components]
@@ -161,9 +170,7 @@ def default_component(path: str) -> str:
 
 def leaves_of(variables: Any) -> tuple[Leaf, ...]:
     """The leaves of a variables tree, in tree order."""
-    return tuple(
-        Leaf(path, tuple(leaf.shape), str(np.dtype(leaf.dtype))) for path, leaf in named_leaves(variables)
-    )
+    return tuple(Leaf(path, tuple(leaf.shape), str(leaf.dtype)) for path, leaf in named_leaves(variables))
 
 
 def fingerprint(leaves: Sequence[Leaf]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -65,7 +66,11 @@ def run_steps(
     compiled = jax.jit(_chunk_runner(step), static_argnames="length")
     shapes = jax.eval_shape(lambda s: step(s, jnp.zeros((), jnp.int32))[1], state)
     history = {name: np.full((chunks, *info.shape), np.nan, np.float64) for name, info in shapes.items()}
-    store = None if directory is None else _Store(Path(directory), dict(job or {}))
+    store = (
+        None
+        if directory is None
+        else _Store(Path(directory), {"steps": steps, "chunk": chunk, **(job or {})})
+    )
     done = 0
     try:
         if store is not None:
@@ -77,10 +82,11 @@ def run_steps(
                     if between and start in between:
                         state = between[start](state)
                     length = min(chunk, steps - start)
-                    state, info = compiled(state, jnp.int32(start), length=length)
+                    new, info = compiled(state, jnp.int32(start), length=length)
+                    # Wait here: until the chunk is finished, an interruption must find the old state.
                     for name, value in jax.device_get(info).items():
                         history[name][done] = value
-                    done += 1
+                    state, done = new, done + 1
                     bar.update(length)
                     bar.set_postfix({n: f"{h[done - 1]:.4g}" for n, h in history.items() if h.ndim == 1})
                     if store is not None and (done % every == 0 or done == chunks):
@@ -101,6 +107,14 @@ def _chunk_runner(step: Step) -> Callable[..., tuple[Any, Any]]:
         return state, jax.tree.map(lambda x: x.astype(float).mean(0), infos)
 
     return run_chunk
+
+
+def digest(tree: Any) -> str:
+    """A hash of the values in a tree (16 hexadecimal digits): ties a checkpoint to where it started."""
+    values = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        values.update(np.ascontiguousarray(leaf).tobytes())
+    return values.hexdigest()[:16]
 
 
 class _Store:

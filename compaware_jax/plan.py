@@ -117,7 +117,13 @@ def _check_indices(leaf: Leaf, axes: Sequence[Indices | None]) -> None:
         if index is None:
             continue
         array = np.asarray(index)
-        if len(array) == 0 or array[0] < 0 or array[-1] >= size or (np.diff(array) <= 0).any():
+        if (
+            array.dtype.kind != "i"
+            or len(array) == 0
+            or array[0] < 0
+            or array[-1] >= size
+            or (np.diff(array) <= 0).any()
+        ):
             raise PlanError(
                 f"Plan: kept indices of `{leaf.path}` axis {axis} are not ascending indices in "
                 f"[0, {size}), at least one of them."

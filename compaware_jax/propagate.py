@@ -8,13 +8,15 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import primitives as p
 
 from compaware_jax.errors import UnknownPrimitiveError
 from compaware_jax.factors import Factor, Factors, Ledger, Solution, Tracked
 from compaware_jax.rules import RULES, Kept
-from compaware_jax.trace import Block, Equation, Program
+from compaware_jax.trace import Block, Equation, Program, flatten
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +151,7 @@ class _Propagation:
     ledger: Ledger
     constants: Mapping[int, Any]
     strict: bool
+    nested: bool = False
     values: dict[int, Tracked] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
@@ -169,7 +172,12 @@ class _Propagation:
         if eqn.primitive in RULES:
             return RULES[eqn.primitive].couple(self.ledger, eqn, inputs)
         if eqn.body is not None:
-            return self.block(eqn.body, inputs)
+            outputs = self.block(eqn.body, inputs)
+            return (
+                outputs
+                if self.nested or keeps_derivatives_zero(eqn, inputs)
+                else [_doubtful(x) for x in outputs]
+            )
         if not any(x.factors for x in inputs):
             return [Tracked(shape) for shape in eqn.out_shapes]
         if self.strict:
@@ -189,6 +197,50 @@ class _Propagation:
         factors = {value: x.factors for value, x in self.values.items()}
         joint = [f for fs in factors.values() for f in fs if len(f.axes) > 1]
         return Analysis(program, factors, _solve(self.ledger, joint), tuple(self.unknown))
+
+
+def keeps_derivatives_zero(eqn: Equation, inputs: Sequence[Tracked]) -> bool:
+    """Whether dead positions of a custom call have zero tangents, by its own derivative rule.
+
+    A zero flag promises a zero value and a zero derivative: a later sum over the cut axis relies on both.
+    """
+    if eqn.primitive is not p.custom_jvp_call_p:
+        return False
+    closed = derivative_of(eqn)
+    if closed is None:
+        return False
+    everything = [f.ids.ravel() for x in inputs for f in x.factors]
+    names = np.unique(np.concatenate(everything)) if everything else np.zeros(0, int)
+    local = [
+        Tracked(
+            x.shape,
+            tuple(Factor(f.axes, np.searchsorted(names, f.ids), f.zero) for f in x.factors),
+            x.uniform,
+        )
+        for x in inputs
+    ]
+    tangents = [Tracked(x.shape, x.factors) for x in local]
+    program = flatten(closed, leaves=())
+    propagation = _Propagation(Ledger(), program.constants, strict=False, nested=True)
+    propagation.ledger.fresh(len(names))
+    outputs = propagation.block(program.block, [*local, *tangents])
+    return all(f.zero for x in outputs for f in x.factors)
+
+
+def derivative_of(eqn: Equation) -> jex.ClosedJaxpr | None:
+    """The derivative rule of a call as a jaxpr of its primals and tangents; None without one."""
+    avals = [
+        jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(eqn.in_shapes, eqn.in_dtypes, strict=True)
+    ]
+    if not all(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in avals):
+        return None
+    return jax.make_jaxpr(lambda primals, tangents: jax.jvp(eqn.run, primals, tangents)[1])(
+        tuple(avals), tuple(avals)
+    )
+
+
+def _doubtful(x: Tracked) -> Tracked:
+    return Tracked(x.shape, tuple(Factor(f.axes, f.ids, False) for f in x.factors), x.uniform)
 
 
 def _number(constant: Any) -> float | None:

@@ -27,15 +27,17 @@ def keep_units(
     Args:
       groups: what can leave.
       scores: shape (units,).
-      counts: units to keep per group, shape (groups,), each at least 1.
+      counts: units to keep per group, shape (groups,), none below `groups.floors`.
 
     Returns:
       Boolean array, shape (units,).
     """
     scores = np.asarray(scores, float).copy()
     for units in groups.guarded:
-        # The best of a guarded set goes first in its group, so that any count keeps it.
-        scores[units[np.argmax(scores[units])]] = np.inf
+        # The group that answers for a guarded set (see Groups.floors) ranks the set's best unit first.
+        group = groups.group_of_unit
+        own = units[group[units] == group[units[0]]]
+        scores[own[np.argmax(scores[own])]] = np.inf
     return np.asarray(ranks(groups, scores)) < np.asarray(counts)[groups.group_of_unit]
 
 
@@ -55,7 +57,7 @@ def round_counts(
       cost: what is limited.
       coefficients: kept share per group, in (0, 1], shape (groups,).
       limit: the largest cost allowed.
-      floor: least counts, shape (groups,); default 1.
+      floor: least counts, shape (groups,); default the fewest that may stay.
 
     Returns:
       Counts, shape (groups,), int.
@@ -64,7 +66,12 @@ def round_counts(
       BudgetError: the floors cost more than the limit.
     """
     units = cost.units
-    floor = np.minimum(units, 1) if floor is None else np.minimum(units, floor)
+    floor = cost.least if floor is None else np.clip(floor, cost.least, units)
+    if not np.isfinite(coefficients).all():
+        raise BudgetError(
+            f"round_counts: coefficients are {coefficients}, expected finite shares. The search diverged; "
+            "lower its learning rate."
+        )
     share = np.asarray(coefficients, float) * units
     if cost.exact(floor) > limit:
         raise BudgetError(
@@ -114,6 +121,6 @@ def uniform_counts(cost: Cost, limit: int, *, whole: Sequence[int] = ()) -> Int[
     Returns:
       Counts, shape (groups,).
     """
-    floor = np.minimum(cost.units, 1)
+    floor = cost.least.copy()
     floor[list(whole)] = cost.units[list(whole)]
     return round_counts(cost, np.ones(len(floor)), limit, floor=floor)

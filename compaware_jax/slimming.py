@@ -19,7 +19,7 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.errors import PlanError
 from compaware_jax.factors import Factor, Tracked
-from compaware_jax.propagate import Analysis, analyse_seeded
+from compaware_jax.propagate import Analysis, analyse_seeded, derivative_of
 from compaware_jax.rules import RULES, Kept, Small
 from compaware_jax.rules.families import take
 from compaware_jax.trace import Block, Equation, flatten
@@ -142,7 +142,8 @@ class _Run:
             # A rule may call its own function, so inside a rule the next derivative is not looked at
             # before somebody takes it.
             jax.eval_shape(call if self.nested else partial(_jvp_of_zeros, call), *arrays)
-        except (_OutOfReachError, _InseparableError):
+        except (_OutOfReachError, _InseparableError, PlanError):
+            # PlanError: an axis inside the call would be emptied, which its caller never sees.
             return None
         return call(*arrays)
 
@@ -160,12 +161,9 @@ class _Derivative:
 
     @classmethod
     def of(cls, eqn: Equation, outer: Analysis, alive: np.ndarray, kept: list[Kept]) -> _Derivative:
-        avals = [outer.program.avals[v] for v in eqn.inputs]
-        if not all(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in avals):
+        closed = derivative_of(eqn)
+        if closed is None:
             raise _InseparableError
-        closed = jax.make_jaxpr(lambda primals, tangents: jax.jvp(eqn.run, primals, tangents)[1])(
-            tuple(avals), tuple(avals)
-        )
         classes = outer.solution.count
         inputs = [_by_class(outer, v) for v in eqn.inputs] * 2
         analysis = analyse_seeded(flatten(closed, leaves=()), inputs, classes)
@@ -173,8 +171,9 @@ class _Derivative:
         survivors = alive | ~outer.free
         alive_here = np.ones(analysis.solution.count, bool)
         alive_here[labels[~survivors]] = False
-        # The rule must not tie what the plan separates.
-        if (alive_here[labels] != survivors).any():
+        # The rule must neither tie what the plan separates nor need whole what it cuts.
+        tied = alive_here[labels] != survivors
+        if tied.any() or not analysis.free[labels[~survivors]].all():
             raise _InseparableError
         result = cls(analysis, alive_here)
         for value, expected in zip(analysis.program.block.outputs, kept, strict=True):

@@ -161,13 +161,17 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
         _check_small(small_variables, plan)
         full = jax.tree.unflatten(
             structure,
-            [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in plan.leaves],
+            [
+                # The dtype is the small leaf's own: variables may have been cast since the plan was made.
+                jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.result_type(small))
+                for leaf, small in zip(plan.leaves, small_leaves, strict=True)
+            ],
         )
         rest, rest_structure = jax.tree.flatten((args, kwargs))
         key = (
             structure,
             rest_structure,
-            tuple((np.shape(x), jax.dtypes.result_type(x)) for x in rest),
+            tuple(jax.typeof(x) for x in (*small_leaves, *rest)),
         )
         if key not in analyses:
             program = trace(apply, full, *args, **kwargs)
@@ -202,7 +206,7 @@ def _alive(analysis: Analysis, plan: Plan) -> np.ndarray:
     needed = np.zeros(analysis.solution.count, bool)
     for position, value in enumerate(analysis.program.leaf_values):
         for axis, index in enumerate(plan.kept[position]):
-            if plan.leaves[position].shape[axis] == 1:
+            if plan.leaves[position].shape[axis] <= 1:
                 continue
             factor = next(f for f in analysis.factors[value] if axis in f.axes)
             labels = analysis.solution.labels[factor.ids]

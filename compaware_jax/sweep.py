@@ -21,6 +21,7 @@ from compaware_jax.importance import l2
 from compaware_jax.loop import run_steps
 from compaware_jax.masks import apply_mask
 from compaware_jax.plan import Plan, plan_units
+from compaware_jax.request import check_request, describe_request
 from compaware_jax.select import keep_units, round_counts
 from compaware_jax.surgery import shrink
 
@@ -75,6 +76,7 @@ def sweep(
     fine_tune: int = 2_000,
     learning_rate: float = 2e-3,
     directory: str | os.PathLike[str] | None = None,
+    allow_failing: bool = False,
     progress: bool = True,
 ) -> tuple[Point, ...]:
     """Compress a model to several budgets, with several seeds each, in one compiled program.
@@ -97,6 +99,7 @@ def sweep(
       fine_tune: steps of the last phase.
       learning_rate: of the last phase.
       directory: where to keep checkpoints; None for none.
+      allow_failing: go on although the dense model fails a criterion.
       progress: show a progress bar.
 
     Returns:
@@ -104,6 +107,7 @@ def sweep(
 
     Raises:
       BudgetError: a budget is below what the fixed axes allow.
+      CriterionError, PlanError, TraceError, CheckpointError: as for `compress`.
       ValueError: the budgets are none, or on different costs.
     """
     kinds = {budget.cost for budget in budgets}
@@ -112,17 +116,19 @@ def sweep(
             f"sweep: budgets are on {sorted(kinds) or 'nothing'}, expected one or more budgets, all on "
             "the same cost. Run one sweep per cost."
         )
-    criteria = tuple(criteria)
     limits = [budget.limit(groups) for budget in budgets]
     cost = COSTS[kinds.pop()](groups)
     method = search or GradientSearch()
-    found = method.build(Problem(apply, loss, batches, groups, cost, criteria, score))
+    problem = Problem(apply, loss, batches, groups, cost, tuple(criteria), score)
+    check_request(problem, variables, held_out, allow_failing=allow_failing)
+    criteria = problem.criteria
+    found = method.build(problem)
     lanes = [(budget, limit, s) for budget, limit in zip(budgets, limits, strict=True) for s in range(seeds)]
     total = found.steps + fine_tune
 
     def tuner(gates: jax.Array, offset: jax.Array) -> Any:
-        def masked(tree: Any, *args: Any) -> Any:
-            return apply(apply_mask(groups, gates, tree), *args)
+        def masked(tree: Any, *args: Any, **kwargs: Any) -> Any:
+            return apply(apply_mask(groups, gates, tree), *args, **kwargs)
 
         rule = adam_cosine(learning_rate, fine_tune)
         return fit_step(masked, loss, lambda index: batches(index + offset), rule, criteria)
@@ -173,7 +179,12 @@ def sweep(
         chunk=math.gcd(50, math.gcd(found.steps, fine_tune)),
         between={found.steps: harden},
         directory=directory,
-        job={"budgets": [[b.cost, b.fraction] for b in budgets], "seeds": seeds, "steps": total},
+        job={
+            **describe_request(problem, variables, method),
+            "budgets": [[b.cost, b.fraction] for b in budgets],
+            "seeds": seeds,
+            "fine_tune": [fine_tune, learning_rate],
+        },
         progress=progress,
     )
     return _points(state, lanes, cost, groups, apply, criteria, held_out, found)

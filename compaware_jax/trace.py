@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 from jax.extend.source_info_util import summarize
@@ -52,6 +53,12 @@ class Equation:
     def in_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Full shapes of the inputs."""
         return tuple(_shape(var) for var in self.source.invars)
+
+    @property
+    def in_dtypes(self) -> tuple[Any, ...]:
+        """Dtypes of the inputs."""
+        variables: Any = self.source.invars
+        return tuple(var.aval.dtype for var in variables)
 
     @property
     def out_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -144,7 +151,11 @@ def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) 
     Raises:
       TraceError: a leaf is not an array, or the function cannot be traced with these variables.
     """
-    structs = tuple(jax.tree.map_with_path(_abstract, part) for part in (variables, args, kwargs))
+    # A Python scalar among the inputs keeps its weak type; among the variables it is no array.
+    structs = (
+        jax.tree.map_with_path(_abstract, variables),
+        *(jax.tree.map_with_path(_input, part) for part in (args, kwargs)),
+    )
     leaves, tree = jax.tree.flatten(structs)
     output: dict[str, Any] = {}
 
@@ -159,11 +170,13 @@ def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) 
         closed = jax.make_jaxpr(flat)(*leaves)
     except Exception as error:
         name = getattr(apply, "__qualname__", repr(apply))
+        what = next(iter(str(error).splitlines()), "")
         raise TraceError(
             f"trace: `{name}` cannot be traced with these variables and inputs "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Expected a pure JAX function "
+            f"({type(error).__name__}: {what}). Expected a pure JAX function "
             "called as apply(variables, *args) with the variables it was initialised with; check that "
-            "the tree, the shapes and the order of the arguments fit."
+            "the tree, the shapes and the order of the arguments fit, and close over static arguments "
+            "(a training flag) with functools.partial."
         ) from error
     return flatten(
         closed,
@@ -185,14 +198,15 @@ def _argument_names(apply: Callable[..., Any], args: Any, kwargs: Any) -> tuple[
     return tuple(f"{name}/{path}" if path else name for name, part in parts for path, _ in named_leaves(part))
 
 
+def _input(path: Any, leaf: Any) -> Any:
+    return leaf if isinstance(leaf, (bool, int, float, complex)) else _abstract(path, leaf)
+
+
 def _abstract(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-    try:
-        return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(leaf.dtype))
-    except (AttributeError, TypeError):
-        pass
-    if isinstance(leaf, (bool, int, float, complex)):
-        aval = jax.typeof(leaf)
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # typed random keys
+        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
     raise TraceError(
         f"trace: the leaf `{path_name(path)}` is {type(leaf).__name__}, expected an array or a "
         "jax.ShapeDtypeStruct. Close over values that are not arrays, e.g. with functools.partial."

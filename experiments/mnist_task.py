@@ -68,6 +68,7 @@ class Task:
         self.data: ImageSet = mnist(data)
         self.model: Autoencoder = autoencoder(preset)
         self.key = jax.random.key(seed)
+        self.settings = {"data": self.data.source, "preset": preset, "batch": batch, "seed": seed}
         data_key, self.init_key, self.search_key = jax.random.split(self.key, 3)
         self.batches = resident(self.data.train, batch, data_key)
         self.held_out = whole(self.data.test)
@@ -96,7 +97,7 @@ class Task:
             learning_rate=learning_rate,
             label=name,
             directory=directory,
-            job={"name": name, "data": self.data.source},
+            job={"name": name, **self.settings},
         )[0]
 
     def groups(self, variables: Any) -> ca.Groups:

@@ -89,6 +89,29 @@ def test_augmented_lagrangian():
     np.testing.assert_allclose(dual_ascent(jnp.zeros(1), jnp.array([-1.0])), [0.0])
 
 
+def test_negative_losses_are_constrained_the_right_way():
+    criterion = ca.at_most("x", lambda f, v, b: v, 1.0)
+    value = constrained(lambda f, v, b: -2.0 + 0 * v, [criterion])
+    slope = jax.grad(lambda v: value(lambda v: v, v, None, jnp.zeros(1))[0])(3.0)
+    assert slope > 0
+
+
+def test_loss_and_criterion_may_call_under_other_transformations():
+    def loss(f, v, batch, **flags):
+        return jax.checkpoint(lambda: jnp.mean(f(v, batch, scale=2.0) ** 2))()
+
+    criterion = ca.at_most("x", lambda f, v, b: jnp.mean(f(v, b, scale=2.0)), 0.1)
+    value = constrained(loss, [criterion])
+    calls = []
+
+    def f(v, batch, *, scale):
+        calls.append(scale)
+        return v * batch * scale
+
+    slope = jax.grad(lambda v: value(f, v, jnp.ones(3), jnp.zeros(1))[0])(1.0)
+    assert float(slope) == pytest.approx(8.0 + 4.0 * 19.0 * 20.0)
+
+
 def run(method, variables, groups, budget=0.3):
     cost = parameter_cost(groups)
     problem = Problem(tasks.apply, tasks.loss, tasks.batches, groups, cost)
@@ -123,6 +146,16 @@ def test_grid_search_finds_the_best_point_of_its_grid(trained):
     assert float(cost(jnp.exp(state.log_counts[best]))) == pytest.approx(0.3 * cost.total, rel=1e-3)
     # The grid holds points that cut the latent hard; they must not win.
     assert shares[1] * 4 > 2
+
+
+def test_grid_of_one_point():
+    def apply(v, x):
+        return jnp.tanh(x @ v["a"]) @ v["b"]
+
+    variables = {"a": jnp.ones((8, 6)), "b": jnp.ones((6, 8))}
+    groups = ca.find_groups(apply, variables, jnp.ones((1, 8)))
+    problem = Problem(apply, tasks.loss, tasks.batches, groups, parameter_cost(groups))
+    assert ca.GridSearch().build(problem).steps == 1
 
 
 def test_search_is_one_program_for_many_budgets(trained):

@@ -138,6 +138,42 @@ def test_foreign_and_corrupt_checkpoints(trained, tmp_path):
         compress(trained, directory=tmp_path, fine_tune=20)
 
 
+def test_sweep_refuses_what_compress_refuses(trained, tmp_path):
+    variables, groups = trained
+
+    def run(start, **changes):
+        settings = {
+            "groups": groups, "budgets": [ca.params(0.5)], "search": ca.GradientSearch(steps=10),
+            "fine_tune": 10, "directory": tmp_path, "progress": False,
+        }  # fmt: skip
+        return ca.sweep(tasks.apply, start, tasks.loss, tasks.batches, **(settings | changes))
+
+    run(variables)
+    with pytest.raises(CheckpointError, match="another job"):
+        run(jax.tree.map(lambda x: x + 1, variables))
+    with pytest.raises(CheckpointError, match="another job"):
+        run(variables, search=ca.GradientSearch(steps=15), fine_tune=5)
+    with pytest.raises(CriterionError, match="criteria need held_out"):
+        run(variables, criteria=[BOUND])
+
+
+def test_requests_that_cannot_work(trained):
+    variables, groups = trained
+    with pytest.raises(CriterionError, match="expected names of their own"):
+        compress(trained, criteria=[BOUND, BOUND])
+
+    def counting(v, x):
+        return tasks.apply(v["w"], x) + 0 * v["count"]
+
+    tree = {"w": variables, "count": jnp.int32(3)}
+    counted = ca.find_groups(counting, tree, jnp.zeros((1, 8)))
+    with pytest.raises(PlanError, match="not floating-point leaves"):
+        ca.compress(counting, tree, tasks.loss, tasks.batches, groups=counted, budget=ca.params(0.5))
+    linear = ca.find_groups(lambda v, x: x @ v, jnp.ones((8, 8)), jnp.zeros((1, 8)))
+    with pytest.raises(PlanError, match="no group of this model can leave"):
+        compress((jnp.ones((8, 8)), linear))
+
+
 SCRIPT = """
 import json, sys
 from pathlib import Path

@@ -152,3 +152,85 @@ def test_released_latent_comes_out_smaller():
     np.testing.assert_allclose(out, encoded, rtol=1e-6)
     expected = np.delete(np.asarray(model.encode(variables, image)), 3, axis=1)
     np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+@jax.custom_jvp
+def _needs_first_channel(h, w):
+    return h @ w
+
+
+@_needs_first_channel.defjvp
+def _(primals, tangents):
+    (h, w), (dh, dw) = primals, tangents
+    return h @ w, (dh @ w + h @ dw) * (1 + h[..., :1] ** 2)
+
+
+@jax.custom_vjp
+def _centralised(x):
+    return x
+
+
+_centralised.defvjp(lambda x: (x, None), lambda _, g: (g - g.mean(-1, keepdims=True),))
+
+
+@jax.custom_jvp
+def _mixing(x):
+    return jnp.tanh(x)
+
+
+_mixing.defjvps(lambda t, ans, x: t + t.mean(-1, keepdims=True))
+
+
+@jax.custom_jvp
+def _halves(x):
+    return jnp.tanh(x)
+
+
+_halves.defjvps(lambda t, ans, x: t * jnp.concatenate([x[:, :4] ** 2, x[:, 4:] ** 2], -1))
+
+DERIVATIVE_RULES = {
+    "needs one channel": lambda v, x: _needs_first_channel(jnp.tanh(x @ v["a"]), v["b"]),
+    "mixes cotangents, then a sum": lambda v, x: (
+        jnp.tanh(x @ v["a"]) @ v["b"] + _centralised(x @ v["a"]).sum(-1, keepdims=True)
+    ),
+    "mixes tangents, then a sum": lambda v, x: (
+        _mixing(x @ v["a"]).sum(-1, keepdims=True) + (x @ v["a"]) @ v["b"]
+    ),
+    "its pieces can empty": lambda v, x: _halves(x @ v["a"]) @ v["b"],
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVE_RULES)
+def test_law_under_custom_derivative_rules(name):
+    """Rules whose derivative reaches across channels, though their value does not."""
+    apply = DERIVATIVE_RULES[name]
+    rng = np.random.default_rng(0)
+    variables = {"a": rng.normal(size=(3, 8)), "b": rng.normal(size=(8, 2))}
+    x = rng.normal(size=(5, 3))
+    groups = ca.find_groups(apply, variables, x)
+    assert groups.units == 8
+    for keep in (np.arange(8) < 2, np.arange(8) % 3 > 0):
+        assert max(law_errors(apply, variables, x, keep=keep, groups=groups)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("power", "units"), [(-1, 0), (-2, 0), (2, 4), (2.5, 4), (0.5, 0)])
+def test_powers_that_are_infinite_at_zero_stay_whole(power, units):
+    def apply(v, x):
+        return jax.nn.relu(x @ v["a"]) ** power @ v["b"]
+
+    variables = {"a": np.ones((3, 4)), "b": np.ones((4, 2))}
+    assert ca.find_groups(apply, variables, np.ones((2, 3))).units == units
+
+
+def test_small_function_follows_the_dtype_of_its_variables():
+    apply, _, small_apply, small, args = small_model(MODELS["mlp"]())
+    cast = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (small, args))
+    assert small_apply(cast[0], *cast[1]).dtype == jnp.bfloat16
+
+    def scaled(v, x, factor):
+        return apply(v, x) * factor
+
+    groups = ca.find_groups(scaled, MODELS["mlp"]()[1], *args, 2.0)
+    plan = ca.plan_units(groups, np.ones(groups.units, bool))
+    cast = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), (MODELS["mlp"]()[1], args))
+    assert ca.slim(scaled, plan)(cast[0], *cast[1], 2.0).dtype == jnp.bfloat16

@@ -1,5 +1,6 @@
 """The training loop: chunks, history, hooks, interruption."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,6 +66,32 @@ def test_interrupt_saves_the_last_chunk(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(40, chunk=5, directory=tmp_path, every=100, between={25: interrupt})
     assert [p.name for p in tmp_path.iterdir()] == ["5"]
+
+
+@pytest.mark.parametrize("changed", [{"steps": 20}, {"chunk": 10}])
+def test_other_lengths_are_another_job(tmp_path, changed):
+    run(40, chunk=5, directory=tmp_path)
+    settings = {"steps": 40, "chunk": 5} | changed
+    with pytest.raises(CheckpointError, match=f"differ in .*{next(iter(changed))}"):
+        run(settings["steps"], chunk=settings["chunk"], directory=tmp_path)
+
+
+def test_interrupted_while_a_chunk_runs(tmp_path, monkeypatch):
+    """Ctrl-C mostly lands where the loop waits for a chunk: that chunk must not count as done."""
+    calls = []
+    wait = jax.device_get
+
+    def interrupted(tree):
+        calls.append(tree)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return wait(tree)
+
+    monkeypatch.setattr(jax, "device_get", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(40, chunk=5, directory=tmp_path)
+    state, _ = run(40, chunk=5, directory=tmp_path)
+    assert state["x"] == run(40, chunk=5)[0]["x"]
 
 
 def test_finished_run_returns_at_once(tmp_path):

@@ -72,6 +72,27 @@ def test_keep_units_takes_the_best_and_guards_pieces():
     ca.plan_units(groups, keep)
 
 
+def test_two_guarded_sets_raise_the_floor():
+    def apply(v, x):
+        left, right = jnp.split(x @ v["a"], 2, -1)
+        return jnp.concatenate([jnp.tanh(left), right], -1) @ v["b"]
+
+    groups = ca.find_groups(apply, {"a": np.ones((3, 8)), "b": np.ones((8, 2))}, np.ones((1, 3)))
+    assert groups.floors.tolist() == [2]
+    cost = parameter_cost(groups)
+    counts = round_counts(cost, np.array([0.1]), cost.floor)
+    assert counts.tolist() == [2]
+    keep = keep_units(groups, np.arange(8.0), counts)
+    np.testing.assert_array_equal(np.flatnonzero(keep), [3, 7])
+    ca.plan_units(groups, keep)
+
+
+def test_diverged_coefficients_are_refused(dense_groups):
+    cost = parameter_cost(dense_groups)
+    with pytest.raises(BudgetError, match="search diverged"):
+        round_counts(cost, np.full(5, np.nan), cost.total)
+
+
 @pytest.fixture
 def scored():
     apply, variables, args = MODELS["convolutional"]()

@@ -55,8 +55,17 @@ elementwise(
 )
 elementwise(p.div_p, lambda eqn, zero, uniform: zero[0] and not zero[1], singular=(1,))
 elementwise(p.rem_p, lambda eqn, zero, uniform: zero[0] and not zero[1], singular=(1,))
-elementwise(p.integer_pow_p, lambda eqn, zero, uniform: zero[0] and eqn.params["y"] > 0)
-elementwise(p.pow_p, lambda eqn, zero, uniform: zero[0] and (uniform[1] or 0.0) > 0, singular=(0,))
+elementwise(
+    p.integer_pow_p,
+    lambda eqn, zero, uniform: zero[0] and eqn.params["y"] > 0,
+    singular=lambda eqn, uniform: [0] if eqn.params["y"] < 0 else [],
+)
+# Below one, the derivative is infinite at zero.
+elementwise(
+    p.pow_p,
+    lambda eqn, zero, uniform: zero[0] and (uniform[1] or 0.0) > 0,
+    singular=lambda eqn, uniform: [] if (uniform[1] or 0.0) >= 1 else [0],
+)
 elementwise(p.atan2_p, lambda eqn, zero, uniform: False, singular=(0, 1))
 for primitive in (p.sqrt_p, p.cbrt_p):
     elementwise(primitive, lambda eqn, zero, uniform: zero[0], singular=(0,))

@@ -58,22 +58,28 @@ def bind(eqn: Equation, arrays: Sequence[jax.Array], **overrides: Any) -> list[j
     return list(result) if eqn.primitive.multiple_results else [result]
 
 
-def elementwise(primitive: Primitive, zero: ZeroTest, singular: Iterable[int] = ()) -> None:
+def elementwise(
+    primitive: Primitive,
+    zero: ZeroTest,
+    singular: Iterable[int] | Callable[[Equation, Sequence[float | None]], Iterable[int]] = (),
+) -> None:
     """Register an element-wise primitive.
 
     Args:
       primitive: its operands have the output's shape, up to size-1 axes and scalars.
       zero: when dead positions stay zero.
-      singular: operands at whose zeros the function or its derivative is infinite.
+      singular: operands at whose zeros the function or its derivative is infinite; or a function of the
+        equation and the operands' uniform values that says which.
     """
 
     def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
         uniform = [x.uniform for x in inputs]
+        infinite = list(singular(eqn, uniform) if callable(singular) else singular)
         factors = []
         for axes, ids, flags in combine(ledger, [x.factors for x in inputs]):
             dead_is_zero = [bool(flag) for flag in flags]
             factors.append(Factor(axes, ids, zero(eqn, dead_is_zero, uniform)))
-            if any(dead_is_zero[operand] for operand in singular):
+            if any(dead_is_zero[operand] for operand in infinite):
                 ledger.mark_inexact(ids, f"{eqn.where} is singular at zero")
         is_null = None not in uniform and zero(eqn, [u == 0 for u in uniform], uniform)
         return [Tracked(eqn.out_shapes[0], tuple(factors), 0.0 if is_null else None)]
