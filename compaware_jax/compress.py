@@ -109,10 +109,10 @@ def compress(
       TraceError: the loss is not one finite number.
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
     """
-    limit = budget.limit(groups)
     cost = COSTS[budget.cost](groups)
     problem = Problem(apply, loss, batches, groups, cost, tuple(criteria), score)
     before = check_request(problem, variables, held_out, allow_failing=allow_failing)
+    limit = budget.limit(groups)
     criteria = problem.criteria
     key = jax.random.key(0) if key is None else key
     method = GradientSearch() if search is None else search

@@ -158,7 +158,7 @@ def test_sweep_refuses_what_compress_refuses(trained, tmp_path):
 
 
 def test_requests_that_cannot_work(trained):
-    variables, groups = trained
+    variables, _ = trained
     with pytest.raises(CriterionError, match="expected names of their own"):
         compress(trained, criteria=[BOUND, BOUND])
 
