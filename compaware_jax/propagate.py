@@ -112,9 +112,14 @@ def analyse(program: Program, *, released: Sequence[int] = (), strict: bool = Fa
     return propagation.close(program)
 
 
-def analyse_seeded(program: Program, inputs: Sequence[Tracked], atoms: int) -> Analysis:
-    """Analyse a program whose inputs already carry atoms (integers below `atoms`); nothing is fixed."""
-    propagation = _Propagation(Ledger(), program.constants, strict=False)
+def analyse_seeded(
+    program: Program, inputs: Sequence[Tracked], atoms: int, *, nested: bool = False
+) -> Analysis:
+    """Analyse a program whose inputs already carry atoms (integers below `atoms`); nothing is fixed.
+
+    With `nested`, the derivative rules of calls inside it are not looked at (a rule may call itself).
+    """
+    propagation = _Propagation(Ledger(), program.constants, strict=False, nested=nested)
     propagation.ledger.fresh(atoms)
     propagation.block(program.block, inputs)
     return propagation.close(program)
@@ -221,10 +226,8 @@ def keeps_derivatives_zero(eqn: Equation, inputs: Sequence[Tracked]) -> bool:
     ]
     tangents = [Tracked(x.shape, x.factors) for x in local]
     program = flatten(closed, leaves=())
-    propagation = _Propagation(Ledger(), program.constants, strict=False, nested=True)
-    propagation.ledger.fresh(len(names))
-    outputs = propagation.block(program.block, [*local, *tangents])
-    return all(f.zero for x in outputs for f in x.factors)
+    analysis = analyse_seeded(program, [*local, *tangents], len(names), nested=True)
+    return all(f.zero for value in program.block.outputs for f in analysis.factors.get(value, ()))
 
 
 def derivative_of(eqn: Equation) -> jex.ClosedJaxpr | None:
