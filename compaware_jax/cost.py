@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from compaware_jax.errors import BudgetError
 from compaware_jax.groups import Groups
-from compaware_jax.propagate import work_axes
+from compaware_jax.propagate import work_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,17 +82,18 @@ def flop_cost(groups: Groups) -> Cost:
     """FLOPs of one call at the traced input shapes.
 
     Two per multiply-add of contractions and convolutions; element-wise work is not counted, as is usual.
+    The body of a `scan` counts once per step, that of a `while` once, and of a `cond` the first branch.
     """
     builder = _Builder(groups)
     labels = groups.analysis.labels
-    for pairs in work_axes(groups.analysis.program):
+    for work in work_of(groups.analysis.program):
         rows = []
-        for value, axis in pairs:
+        for value, axis in work.axes:
             classes = labels(value)[axis]
             size = groups.analysis.program.avals[value].shape[axis]
             units = np.full(size, -1) if classes is None else groups.unit_of_class[classes]
             rows.append(builder.axis(units))
-        builder.add(rows, 2)
+        builder.add(rows, 2 * work.times)
     return builder.cost("FLOPs")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from compaware_jax.errors import TraceError
 from compaware_jax.groups import COLLECTIONS, FixedAxis, Group, Groups, Leaf, default_component, leaves_of
-from compaware_jax.propagate import Analysis, analyse, work_axes
+from compaware_jax.propagate import Analysis, analyse, work_of
 from compaware_jax.trace import trace
 
 
@@ -148,7 +148,7 @@ def _first_use(analysis: Analysis) -> tuple[list[int], tuple[str, ...]]:
 def _work_labels(analysis: Analysis) -> list[np.ndarray]:
     return [
         labels
-        for value, axis in dict.fromkeys(pair for pairs in work_axes(analysis.program) for pair in pairs)
+        for value, axis in dict.fromkeys(pair for work in work_of(analysis.program) for pair in work.axes)
         if (labels := analysis.labels(value)[axis]) is not None
     ]
 

@@ -48,11 +48,13 @@ class Tracked:
       shape: the full (unpruned) shape.
       factors: see `Factor`.
       uniform: the number that every element equals, where the trace shows it; else None.
+      known: the value itself, where it is an array of integers or flags that the trace shows.
     """
 
     shape: tuple[int, ...]
     factors: Factors = ()
     uniform: float | None = None
+    known: np.ndarray | None = None
 
     def factor_of(self, axis: int) -> Factor | None:
         """The factor that covers an axis, if any."""
@@ -95,6 +97,15 @@ class Ledger:
     def mark_inexact(self, ids: np.ndarray, reason: str) -> None:
         """Say that removing these atoms is not what masking them does (0/0, 1/0), and why."""
         self._inexact.append((np.unique(ids), reason))
+
+    @property
+    def doubts(self) -> int:
+        """How many times atoms were marked inexact; see `forget_doubts`."""
+        return len(self._inexact)
+
+    def forget_doubts(self, since: int) -> None:
+        """Take back what was marked inexact since: a body is read again under weaker zero flags."""
+        del self._inexact[since:]
 
     def equate(self, a: np.ndarray, b: np.ndarray) -> None:
         """Say that atoms leave together, position by position (arrays broadcast)."""

@@ -15,7 +15,7 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.errors import UnknownPrimitiveError
 from compaware_jax.factors import Factor, Factors, Ledger, Solution, Tracked
-from compaware_jax.rules import RULES, Kept
+from compaware_jax.rules import REGIONS, RULES, Kept
 from compaware_jax.trace import Block, Equation, Program, flatten
 
 
@@ -125,18 +125,35 @@ def analyse_seeded(
     return propagation.close(program)
 
 
-def work_axes(program: Program) -> list[list[tuple[int, int]]]:
-    """Per contraction or convolution the (value id, axis) whose sizes multiply to its multiply-adds."""
+@dataclass(frozen=True)
+class Work:
+    """The multiply-adds of one contraction or convolution.
 
-    def walk(block: Block) -> Iterator[list[tuple[int, int]]]:
+    Attributes:
+      where: primitive, module path and source line.
+      axes: (value id, axis) pairs whose sizes multiply to the multiply-adds.
+      times: how often it runs in one call: a body of `scan` runs once per step.
+    """
+
+    where: str
+    axes: tuple[tuple[int, int], ...]
+    times: int
+
+
+def work_of(program: Program) -> list[Work]:
+    """The contractions and convolutions of a program, those in its loops and branches included."""
+
+    def walk(block: Block, times: int) -> Iterator[Work]:
         for eqn in block.equations:
-            rule = RULES.get(eqn.primitive)
+            rule, region = RULES.get(eqn.primitive), REGIONS.get(eqn.primitive)
             if rule is not None and rule.work is not None:
-                yield rule.work(eqn)
-            if eqn.body is not None:
-                yield from walk(eqn.body)
+                yield Work(eqn.where, tuple(rule.work(eqn)), times)
+            often = (1,) * len(eqn.bodies) if region is None else region.times(eqn)
+            for body, n in zip(eqn.bodies, often, strict=True):
+                if n:
+                    yield from walk(body, times * n)
 
-    return list(walk(program.block))
+    return list(walk(program.block, 1))
 
 
 def _leaf(ledger: Ledger, shape: tuple[int, ...]) -> Tracked:
@@ -159,6 +176,7 @@ class _Propagation:
     nested: bool = False
     values: dict[int, Tracked] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    derivatives: dict[Any, bool] = field(default_factory=dict)
 
     def block(self, block: Block, inputs: Sequence[Tracked]) -> list[Tracked]:
         self.values.update(zip(block.inputs, inputs, strict=True))
@@ -170,17 +188,19 @@ class _Propagation:
     def read(self, value: int) -> Tracked:
         if value not in self.values:
             constant = self.constants[value]
-            self.values[value] = Tracked(np.shape(constant), (), _number(constant))
+            self.values[value] = Tracked(np.shape(constant), (), _number(constant), _positions(constant))
         return self.values[value]
 
     def equation(self, eqn: Equation, inputs: list[Tracked]) -> list[Tracked]:
         if eqn.primitive in RULES:
             return RULES[eqn.primitive].couple(self.ledger, eqn, inputs)
-        if eqn.body is not None:
-            outputs = self.block(eqn.body, inputs)
+        if eqn.primitive in REGIONS:
+            return REGIONS[eqn.primitive].couple(self.ledger, eqn, inputs, self.block)
+        if eqn.bodies:
+            outputs = self.block(eqn.bodies[0], inputs)
             return (
                 outputs
-                if self.nested or keeps_derivatives_zero(eqn, inputs)
+                if self.nested or keeps_derivatives_zero(eqn, inputs, self.derivatives)
                 else [_doubtful(x) for x in outputs]
             )
         if not any(x.factors for x in inputs):
@@ -204,15 +224,13 @@ class _Propagation:
         return Analysis(program, factors, _solve(self.ledger, joint), tuple(self.unknown))
 
 
-def keeps_derivatives_zero(eqn: Equation, inputs: Sequence[Tracked]) -> bool:
+def keeps_derivatives_zero(eqn: Equation, inputs: Sequence[Tracked], memo: dict[Any, bool]) -> bool:
     """Whether dead positions of a custom call have zero tangents, by its own derivative rule.
 
     A zero flag promises a zero value and a zero derivative: a later sum over the cut axis relies on both.
+    The same traced call under the same pattern of atoms is answered from `memo`.
     """
     if eqn.primitive is not p.custom_jvp_call_p:
-        return False
-    closed = derivative_of(eqn)
-    if closed is None:
         return False
     everything = [f.ids.ravel() for x in inputs for f in x.factors]
     names = np.unique(np.concatenate(everything)) if everything else np.zeros(0, int)
@@ -224,9 +242,21 @@ def keeps_derivatives_zero(eqn: Equation, inputs: Sequence[Tracked]) -> bool:
         )
         for x in inputs
     ]
-    tangents = [Tracked(x.shape, x.factors) for x in local]
+    pattern = tuple((x.uniform, *((f.axes, f.zero, f.ids.tobytes()) for f in x.factors)) for x in local)
+    # The equation itself is part of the key, so that its id is not given to another one.
+    key = (id(eqn.source), eqn.source, pattern)
+    if key not in memo:
+        memo[key] = _derivative_is_zero(eqn, local, len(names))
+    return memo[key]
+
+
+def _derivative_is_zero(eqn: Equation, inputs: Sequence[Tracked], atoms: int) -> bool:
+    closed = derivative_of(eqn)
+    if closed is None:
+        return False
+    tangents = [Tracked(x.shape, x.factors) for x in inputs]
     program = flatten(closed, leaves=())
-    analysis = analyse_seeded(program, [*local, *tangents], len(names), nested=True)
+    analysis = analyse_seeded(program, [*inputs, *tangents], atoms, nested=True)
     return all(f.zero for value in program.block.outputs for f in analysis.factors.get(value, ()))
 
 
@@ -255,6 +285,15 @@ def _number(constant: Any) -> float | None:
     except jax.errors.ConcretizationTypeError:
         return None
     return number.real if number.imag == 0 else None
+
+
+def _positions(constant: Any) -> np.ndarray | None:
+    """A constant array of integers or flags, where its value is known."""
+    if isinstance(constant, jax.core.Tracer):
+        return None
+    dtype = jax.dtypes.result_type(constant)
+    plain = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
+    return np.asarray(constant) if plain else None
 
 
 def _solve(ledger: Ledger, joint: Iterable[Factor]) -> Solution:

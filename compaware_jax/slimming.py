@@ -20,7 +20,7 @@ from jax.extend.core import primitives as p
 from compaware_jax.errors import PlanError
 from compaware_jax.factors import Factor, Tracked
 from compaware_jax.propagate import Analysis, analyse_seeded, derivative_of
-from compaware_jax.rules import RULES, Kept, Small
+from compaware_jax.rules import REGIONS, RULES, Kept, Small
 from compaware_jax.rules.families import take
 from compaware_jax.trace import Block, Equation, flatten
 
@@ -89,15 +89,46 @@ class _Run:
         return self.small[value]
 
     def equation(self, eqn: Equation, kept: list[Kept]) -> list[jax.Array] | None:
-        operands = [Small(self.read(v), self.kept(v), self.analysis.zero(v)) for v in eqn.inputs]
+        operands = [
+            Small(self.read(v), self.kept(v), self.analysis.zero(v), self.known(v)) for v in eqn.inputs
+        ]
         if eqn.primitive in RULES:
             slim = RULES[eqn.primitive].slim
             return None if slim is None else slim(eqn, operands, kept)
         if all(index is None for axes in [*kept, *(x.kept for x in operands)] for index in axes):
             return eqn.run(*[x.array for x in operands])
-        if eqn.body is not None:
-            return self.call(eqn, eqn.body, operands, kept)
+        if eqn.primitive in REGIONS:
+            return self.region(eqn, operands, kept)
+        if eqn.bodies:
+            return self.call(eqn, eqn.bodies[0], operands, kept)
         return None
+
+    def known(self, value: int) -> np.ndarray | None:
+        constant = self.analysis.program.constants.get(value)
+        return constant if isinstance(constant, np.ndarray) else None
+
+    def region(self, eqn: Equation, operands: list[Small], kept: list[Kept]) -> list[jax.Array] | None:
+        """A loop or branch: its bodies run small, or all of it un-cut."""
+        uncut: dict[str, None] = {}
+
+        def run(body: Block, arrays: Sequence[jax.Array], targets: Sequence[Kept]) -> list[jax.Array]:
+            # A scope of its own: a body is traced apart, and its values are not those of another trace.
+            inner = _Run(self.analysis, self.alive, nested=self.nested)
+            results = inner.block(body, arrays)
+            uncut.update(dict.fromkeys(inner.uncut))
+            return [
+                take(result, [want if have is None else None for have, want in zip(got, target, strict=True)])
+                for result, got, target in zip(
+                    results, (inner.kept(v) for v in body.outputs), targets, strict=True
+                )
+            ]
+
+        try:
+            results = REGIONS[eqn.primitive].slim(eqn, operands, kept, run)
+        except _OutOfReachError:
+            return None
+        self.uncut.extend(uncut)
+        return results
 
     def whole(self, value: int) -> Any:
         """A value at full width, as the masked network would compute it."""

@@ -3,7 +3,8 @@
 Tracing is abstract (`jax.make_jaxpr` on shapes), so a model larger than memory traces as well. Plain
 calls (`jit`, `remat`, closed calls) are inlined. Calls with a custom derivative rule are kept as call
 sites, because replacing them by their body would silently change gradients; their body is flattened
-beside them, with ids of its own at every call site.
+beside them, with ids of its own at every call site, and so are the bodies of loops and branches.
+What depends on constants alone and is small, such as the positions of a static gather, is evaluated.
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ from jax.extend.source_info_util import summarize
 from compaware_jax.errors import TraceError
 
 _INLINED = {p.jit_p: "jaxpr", p.remat_p: "jaxpr", p.closed_call_p: "call_jaxpr"}
-_CUSTOM = {p.custom_jvp_call_p: "call_jaxpr", p.custom_vjp_call_p: "call_jaxpr"}
+_BODIES = {
+    p.custom_jvp_call_p: ("call_jaxpr",),
+    p.custom_vjp_call_p: ("call_jaxpr",),
+    p.scan_p: ("jaxpr",),
+    p.while_p: ("cond_jaxpr", "body_jaxpr"),
+    p.cond_p: ("branches",),
+}
+# Larger arrays than this are left to the program: rules look at positions, not at data.
+_FOLDED_SIZE = 2**20
+# Drawing bits costs more than it tells.
+_NEVER_FOLDED = {p.random_bits_p, p.threefry2x32_p, p.rng_bit_generator_p}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +48,7 @@ class Equation:
       inputs: value ids, literals included (they are constants of the program).
       outputs: value ids.
       source: the traced equation, to run it unchanged.
-      body: for calls with custom derivatives, the flattened body.
+      bodies: the flattened bodies of calls with custom derivatives, of loops and of branches.
       scope: the module path in which it was traced (JAX's name stack).
     """
 
@@ -46,7 +57,7 @@ class Equation:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     source: jex.JaxprEqn
-    body: Block | None
+    bodies: tuple[Block, ...]
     scope: str
 
     @property
@@ -74,7 +85,7 @@ class Equation:
             f"`{self.primitive}` in {self.scope} ({line})" if self.scope else (f"`{self.primitive}` ({line})")
         )
 
-    def run(self, *operands: jax.Array) -> list[jax.Array]:
+    def run(self, *operands: Any) -> list[jax.Array]:
         """Run the traced equation unchanged, on operands of the traced shapes."""
         results = self.primitive.bind(*operands, **self.primitive.get_bind_params(self.params))
         return list(results) if self.primitive.multiple_results else [results]
@@ -270,20 +281,46 @@ class _Flattener:
                 outputs = tuple(self.read(inner_env, var) for var in inner.outvars)
             else:
                 outputs = tuple(self.value(var.aval) for var in eqn.outvars)
-                body = None
-                if eqn.primitive in _CUSTOM:
-                    inner, constants = _open(eqn.params[_CUSTOM[eqn.primitive]])
-                    body = self.block(inner, [self.constant(c) for c in constants])
-                yield Equation(
+                flat = Equation(
                     primitive=eqn.primitive,
                     params=eqn.params,
                     inputs=inputs,
                     outputs=outputs,
                     source=eqn,
-                    body=body,
+                    bodies=tuple(self.body(inner) for inner in _bodies(eqn)),
                     scope=stack,
                 )
+                if not self.fold(flat):
+                    yield flat
             env.update(zip(eqn.outvars, outputs, strict=True))
+
+    def body(self, jaxpr: Any) -> Block:
+        inner, constants = _open(jaxpr)
+        return self.block(inner, [self.constant(c) for c in constants])
+
+    def fold(self, eqn: Equation) -> bool:
+        """Evaluate an equation of constants alone, where its results are positions, flags or scalars."""
+        if eqn.bodies or eqn.source.effects or eqn.primitive in _NEVER_FOLDED:
+            return False
+        inputs = [self.constants.get(v) for v in eqn.inputs]
+        if any(x is None or isinstance(x, jax.core.Tracer) for x in inputs):
+            return False
+        for value in eqn.outputs:
+            aval = self.avals[value]
+            if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+                return False
+            size = int(np.prod(aval.shape))
+            if size > (1 if jnp.issubdtype(aval.dtype, jnp.inexact) else _FOLDED_SIZE):
+                return False
+        with jax.ensure_compile_time_eval():
+            results = eqn.run(*inputs)
+        self.constants.update(zip(eqn.outputs, map(np.asarray, results), strict=True))
+        return True
+
+
+def _bodies(eqn: jex.JaxprEqn) -> list[Any]:
+    found = [eqn.params[name] for name in _BODIES.get(eqn.primitive, ())]
+    return [body for part in found for body in (part if isinstance(part, tuple) else (part,))]
 
 
 def _open(jaxpr: Any) -> tuple[jex.Jaxpr, Sequence[Any]]:

@@ -273,15 +273,193 @@ def _spatial_mean(d: _Drawing) -> None:
     d.add(lambda v, x: x.mean(tuple(range(1, x.ndim - 1))))
 
 
+def _recurrent(d: _Drawing) -> None:
+    """A gated recurrent layer over time; its state starts at zero, at one, or at a learned value."""
+    (_, _, n), h = d.shape, d.width()
+    w, u, b, s = d.leaf(n, 2 * h), d.leaf(h, 2 * h), d.leaf(2 * h), d.leaf(h)
+    start = d.choice((lambda v: jnp.zeros(h), lambda v: jnp.ones(h), lambda v: v[s]))
+
+    def step(v: Any, x: jax.Array) -> jax.Array:
+        def cell(state: jax.Array, now: jax.Array) -> tuple[jax.Array, jax.Array]:
+            gate, new = jnp.split(now @ v[w] + state @ v[u] + v[b], 2, -1)
+            state = state + jax.nn.sigmoid(gate) * (jnp.tanh(new) - state)
+            return state, jnp.sin(state)
+
+        first = jnp.broadcast_to(start(v), (x.shape[0], h))
+        return jax.lax.scan(cell, first, x.swapaxes(0, 1))[1].swapaxes(0, 1)
+
+    d.add(step)
+
+
+def _scanned_layers(d: _Drawing) -> None:
+    n, h, layers = d.shape[-1], d.width(), 3
+    up, down, scale = d.leaf(layers, n, h), d.leaf(layers, h, n), d.leaf(layers, n)
+    normed = d.rng.random() < 0.5
+
+    def step(v: Any, x: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, w: Any) -> tuple[jax.Array, None]:
+            y = x - x.mean(-1, keepdims=True) if normed else x
+            return x + jax.nn.gelu((y * w[2]) @ w[0]) @ w[1], None
+
+        return jax.lax.scan(layer, x, (v[up], v[down], v[scale]))[0]
+
+    d.add(step)
+
+
+def _repeated(d: _Drawing) -> None:
+    w = d.leaf(d.shape[-1], d.shape[-1])
+    counted = d.rng.random() < 0.5
+
+    def step(v: Any, x: jax.Array) -> jax.Array:
+        if counted:
+            return jax.lax.fori_loop(0, 3, lambda i, y: jnp.tanh(y @ v[w]) + x, x)
+        return jax.lax.fori_loop(0, 2, lambda i, y: y + 0.5 * jnp.sin(y @ v[w]), x)
+
+    d.add(step)
+
+
+def _branched(d: _Drawing) -> None:
+    w, b = d.leaf(d.shape[-1], d.shape[-1]), d.leaf(d.shape[-1])
+    d.add(
+        lambda v, x: jax.lax.cond(
+            x.sum() > 0, lambda x: jnp.tanh(x @ v[w]), lambda x: x * jax.nn.sigmoid(v[b]), x
+        )
+    )
+
+
+def _looked_up(d: _Drawing) -> None:
+    """Static look-ups along the features: a permutation, a choice, or one with repeats."""
+    n = d.shape[-1]
+    places = d.rng.permutation(n) if d.rng.random() < 0.5 else d.rng.integers(0, n, size=n + 1)
+    d.add(lambda v, x: x[..., places])
+
+
+def _embedded(d: _Drawing) -> None:
+    """Rows of a table chosen by data, added to the features."""
+    table = d.leaf(7, d.shape[-1])
+    d.add(lambda v, x: x + v[table][(jnp.abs(x).sum(-1) * 10).astype(int) % 7])
+
+
+def _rolled(d: _Drawing) -> None:
+    d.add(lambda v, x: jnp.roll(x, 1, -1))
+
+
+def _cumulated(d: _Drawing) -> None:
+    f = d.choice((jnp.cumsum, jnp.cumprod, jax.lax.cummax, jax.lax.cumlogsumexp))
+    axis = -1 if d.rng.random() < 0.5 or len(d.shape) < 3 else 1
+    d.add(lambda v, x: f(jnp.tanh(x), axis % x.ndim))
+
+
+def _sorted(d: _Drawing) -> None:
+    k = d.shape[-1]
+    if d.rng.random() < 0.5:
+        d.add(lambda v, x: jnp.sort(x, -1))
+    else:
+        d.add(lambda v, x: x * jax.lax.top_k(x, min(2, k))[0][..., -1:])
+
+
+def _written(d: _Drawing) -> None:
+    b, kind = d.leaf(d.shape[-1]), d.rng.integers(3)
+    if kind == 0:
+        d.add(lambda v, x: x.at[0].set(v[b]))
+    elif kind == 1:
+        d.add(lambda v, x: x.at[jnp.array([0, 1, 0])].add(jnp.tanh(v[b])))
+    else:
+        d.add(lambda v, x: jax.lax.dynamic_update_slice_in_dim(x, jnp.sin(x[:1]), 1, 0))
+
+
+def _sliced_dynamically(d: _Drawing) -> None:
+    n = d.shape[-1]
+    at = int(d.rng.integers(0, n))
+    d.add(lambda v, x: jax.lax.dynamic_slice_in_dim(x, at, max(n - 1, 1), x.ndim - 1))
+
+
+def _dropped(d: _Drawing) -> None:
+    seed = int(d.rng.integers(100))
+    d.add(lambda v, x: x * jax.random.bernoulli(jax.random.key(seed), 0.7, x.shape) / 0.7)
+
+
+def _ensemble(d: _Drawing) -> None:
+    """Members of a vmapped ensemble; the mean or the minimum over them comes out."""
+    n, h, out = d.shape[-1], d.width(), d.width()
+    up, b, down = d.leaf(3, n, h), d.leaf(3, h), d.leaf(3, h, out)
+    f = d.choice((jnp.mean, jnp.sum, jnp.min))
+
+    def step(v: Any, x: jax.Array) -> jax.Array:
+        members = jax.vmap(lambda w, c, u: jnp.tanh(x @ w + c) @ u)(v[up], v[b], v[down])
+        return f(members, 0)
+
+    d.add(step)
+
+
+def _blockwise_softmax(d: _Drawing) -> None:
+    if (n := d.shape[-1]) % 2 == 0:
+        d.add(lambda v, x: jax.nn.softmax(x.reshape(*x.shape[:-1], n // 2, 2)).reshape(x.shape))
+
+
+def _fourier(d: _Drawing) -> None:
+    d.add(lambda v, x: jnp.fft.rfft(x, axis=0).real[: x.shape[0]] if x.ndim == 2 else x)
+
+
+def _gathered_max(d: _Drawing) -> None:
+    d.add(lambda v, x: x - jnp.take_along_axis(x, jnp.argmax(x, -1, keepdims=True), -1))
+
+
+def _pool(d: _Drawing) -> None:
+    (_, h, w, _), f = d.shape, d.rng.integers(2)
+    if min(h, w) < 2:
+        return
+    window = (1, 2, 2, 1)
+    if f:
+        d.add(lambda v, x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, "SAME"))
+    else:
+        d.add(lambda v, x: jax.lax.reduce_window(x, 0.0, jax.lax.add, window, (1, 1, 1, 1), "SAME"))
+
+
+def _group_norm(d: _Drawing) -> None:
+    if (n := d.shape[-1]) % 2:
+        return
+    s = d.leaf(n)
+
+    def step(v: Any, x: jax.Array) -> jax.Array:
+        y = x.reshape(*x.shape[:-1], 2, n // 2)
+        axes = (*range(1, x.ndim - 1), -1)
+        y = (y - y.mean(axes, keepdims=True)) * jax.lax.rsqrt(y.var(axes, keepdims=True) + 0.1)
+        return y.reshape(x.shape) * v[s]
+
+    d.add(step)
+
+
+def _grouped_query_attention(d: _Drawing) -> None:
+    (_, _, n), pairs, share, size = d.shape, 2, 2, 3
+    wq, wk, wv = d.leaf(n, pairs * share * size), d.leaf(n, pairs * size), d.leaf(n, pairs * size)
+    wo = d.leaf(pairs * share * size, n)
+
+    def step(v: Any, x: jax.Array) -> jax.Array:
+        q = (x @ v[wq]).reshape(*x.shape[:2], pairs * share, size)
+        k, u = ((x @ v[w]).reshape(*x.shape[:2], pairs, size).repeat(share, 2) for w in (wk, wv))
+        scores = jnp.einsum("bthd,bshd->bhts", q, k)
+        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -1e9)
+        mixed = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), u)
+        return x + mixed.reshape(*x.shape[:2], -1) @ v[wo]
+
+    d.add(step)
+
+
 _ANY = (
     _activation, _activation, _activation, _bias, _scale, _dense, _dense, _residual, _norm, _softmax,
-    _pooled, _gated_split, _uneven_split, _concatenated, _moved, _shuffled,
+    _pooled, _gated_split, _uneven_split, _concatenated, _moved, _shuffled, _scanned_layers, _repeated,
+    _branched, _looked_up, _embedded, _rolled, _cumulated, _sorted, _written, _sliced_dynamically,
+    _dropped, _ensemble, _blockwise_softmax, _gathered_max, _fourier,
 )  # fmt: skip
 _IMAGE = (
     _conv, _conv, _grouped_conv, _blur, _squeeze_excite, _patches, _pixel_shuffle, _flatten,
-    _spatial_mean, _activation, _bias, _norm,
+    _spatial_mean, _activation, _bias, _norm, _pool, _pool, _group_norm,
 )  # fmt: skip
-_SEQUENCE = (_attention, _attention, _dense, _residual, _flatten, _spatial_mean, _norm)
+_SEQUENCE = (
+    _attention, _attention, _dense, _residual, _flatten, _spatial_mean, _norm, _recurrent, _recurrent,
+    _group_norm, _grouped_query_attention,
+)  # fmt: skip
 
 
 def random_program(seed: int) -> tuple[Callable[..., jax.Array], dict[str, Any], np.ndarray]:

@@ -10,7 +10,7 @@ from compaware_jax.cost import COSTS
 from compaware_jax.errors import BudgetError
 from compaware_jax.masks import group_counts
 from compaware_jax.models import autoencoder
-from compaware_jax.propagate import work_axes
+from compaware_jax.propagate import work_of
 from compaware_jax.trace import flatten
 from tests.law import random_keep
 from tests.models import MODELS
@@ -19,7 +19,7 @@ from tests.models import MODELS
 def counted_flops(apply, variables, args):
     """FLOPs of a function as it is, from the shapes in its own jaxpr."""
     program = flatten(jax.make_jaxpr(apply)(variables, *args), leaves=())
-    shapes = [[program.avals[v].shape[a] for v, a in pairs] for pairs in work_axes(program)]
+    shapes = [[program.avals[v].shape[a] for v, a in work.axes] for work in work_of(program)]
     return sum(2 * int(np.prod(sizes)) for sizes in shapes)
 
 

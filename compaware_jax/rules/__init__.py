@@ -1,17 +1,35 @@
 """Rules: how each primitive ties axes together, and how it runs on smaller arrays."""
 
-from compaware_jax.rules import contraction, elementwise, layout, pieces, reductions
-from compaware_jax.rules.registry import RULES, Kept, Rule, Small, register_rule
+from compaware_jax.rules import (
+    contraction,
+    control,
+    elementwise,
+    indexing,
+    layout,
+    opaque,
+    ordering,
+    pieces,
+    reductions,
+    windows,
+)
+from compaware_jax.rules.registry import REGIONS, RULES, Kept, RegionRule, Rule, Small, register_rule
 
 __all__ = [
+    "REGIONS",
     "RULES",
     "Kept",
+    "RegionRule",
     "Rule",
     "Small",
     "contraction",
+    "control",
     "elementwise",
+    "indexing",
     "layout",
+    "opaque",
+    "ordering",
     "pieces",
     "reductions",
     "register_rule",
+    "windows",
 ]

@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend.core import Primitive
 
 from compaware_jax.factors import Ledger, Tracked
-from compaware_jax.trace import Equation
+from compaware_jax.trace import Block, Equation
 
 Kept = tuple[np.ndarray | None, ...]
 """Per axis the kept indices, ascending, or None where the axis is whole."""
@@ -32,11 +32,13 @@ class Small:
       array: its value, smaller on the cut axes.
       kept: per axis the kept indices of the full axis, or None where it is whole.
       zero: per axis whether what was cut away is zero in the masked network.
+      known: its value at full width, where the trace shows it.
     """
 
     array: jax.Array
     kept: Kept
     zero: tuple[bool, ...]
+    known: np.ndarray | None = None
 
 
 Couple = Callable[[Ledger, Equation, Sequence[Tracked]], "list[Tracked]"]
@@ -76,3 +78,29 @@ def register_rule(
       work: its multiply-add count as a product of axis sizes.
     """
     RULES[primitive] = Rule(couple, slim, work)
+
+
+Read = Callable[[Block, Sequence[Tracked]], "list[Tracked]"]
+"""Reads a body: what is known of its inputs to what is known of its outputs."""
+
+
+RunBody = Callable[[Block, Sequence[jax.Array], Sequence[Kept]], "list[jax.Array]"]
+"""Runs a body on small arrays and cuts its outputs to the given targets."""
+
+
+@dataclass(frozen=True, eq=False)
+class RegionRule:
+    """How to read a primitive that runs bodies: a loop or a branch.
+
+    Attributes:
+      couple: ``(ledger, equation, inputs, read) -> outputs``; it reads every body at least once.
+      slim: ``(equation, operands, kept_outputs, run) -> arrays``.
+      times: ``equation -> how often each body runs`` in one call, for FLOPs.
+    """
+
+    couple: Callable[[Ledger, Equation, Sequence[Tracked], Read], list[Tracked]]
+    slim: Callable[[Equation, Sequence[Small], Sequence[Kept], RunBody], list[jax.Array]]
+    times: Callable[[Equation], Sequence[int]]
+
+
+REGIONS: dict[Primitive, RegionRule] = {}

@@ -1,0 +1,194 @@
+"""Equinox: a module as a pure function of its arrays, and a small module back.
+
+Equinox modules are written for one example; so is everything here, and `jax.vmap` goes around it:
+``find_groups(apply, variables, x)`` with one example, ``jax.vmap(apply, (None, 0))(variables, batch)`` in a
+loss, ``jax.vmap(slimmed(model, plan))(batch)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+try:
+    import equinox as eqx
+except ImportError as error:
+    raise ImportError(
+        "compaware_jax.adapters.equinox needs Equinox, which is not installed: pip install equinox"
+    ) from error
+
+from compaware_jax.adapters.calls import Static, hashable, split_arrays
+from compaware_jax.adapters.rebuilt import compare
+from compaware_jax.errors import TraceError
+from compaware_jax.plan import Plan
+from compaware_jax.surgery import shrink, slim
+
+
+def functional(
+    model: eqx.Module, state: eqx.nn.State | None = None, **static_kwargs: Any
+) -> tuple[Callable[..., Any], Any]:
+    """A module as a pure function of its arrays.
+
+    Args:
+      model: the module, in the mode that is meant (see `eqx.nn.inference_mode`).
+      state: the state of a model of `eqx.nn.make_with_state`.
+      **static_kwargs: keyword arguments of the call that are not arrays.
+
+    Returns:
+      The function ``apply(variables, *args, **kwargs)``, which gives what ``model(*args, **kwargs)`` gives,
+      and the variables: the module with None in place of everything but floating-point arrays. With state,
+      the variables are ``{"params": ..., "state": ...}`` and the function gives the output of
+      ``model(*args, state, **kwargs)`` without the new state.
+
+    Raises:
+      TraceError: the model is no Equinox module.
+
+    Example:
+      >>> import equinox as eqx, jax, jax.numpy as jnp, compaware_jax as ca
+      >>> from compaware_jax.adapters import equinox as adapter
+      >>> model = eqx.nn.MLP(3, 2, 8, depth=1, key=jax.random.key(0))
+      >>> apply, variables = adapter.functional(model)
+      >>> groups = ca.find_groups(apply, variables, jnp.ones(3))
+      >>> plan = ca.plan_units(groups, jnp.arange(8) < 5)
+      >>> small = adapter.slimmed(model, plan)
+      >>> jax.vmap(small)(jnp.ones((4, 3))).shape, small.model.layers[0].weight.shape
+      ((4, 2), (5, 3))
+    """
+    _check(model, "functional")
+    params, rest = eqx.partition(model, eqx.is_inexact_array)
+    if state is None:
+
+        def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+            return eqx.combine(variables, rest)(*args, **static_kwargs, **kwargs)
+
+        return apply, params
+    arrays, other = eqx.partition(state, eqx.is_inexact_array)
+
+    def apply_with_state(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        called = eqx.combine(variables["params"], rest)
+        output, _ = called(*args, eqx.combine(variables["state"], other), **static_kwargs, **kwargs)
+        return output
+
+    return apply_with_state, {"params": params, "state": arrays}
+
+
+class Slimmed(eqx.Module):
+    """A module that runs another one slimmed; made by `slimmed`.
+
+    `model` holds the small arrays in the structure of the full module, which is what `eqx.filter_grad`,
+    `eqx.partition`, `eqx.tree_serialise_leaves` and `eqx.nn.inference_mode` look at. Call the `Slimmed`,
+    not `model`.
+    """
+
+    model: eqx.Module
+    plan: Plan = eqx.field(static=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the slimmed function gives for one example."""
+        params, rest = eqx.partition(self.model, eqx.is_inexact_array)
+        states = [i for i, x in enumerate(args) if isinstance(x, eqx.nn.State)]
+        variables = params
+        if states:
+            arrays, other = eqx.partition(args[states[0]], eqx.is_inexact_array)
+            variables = {"params": params, "state": arrays}
+            args = (*args[: states[0]], other, *args[states[0] + 1 :])
+        arrays, static = split_arrays((rest, args, kwargs))
+        place = states[0] if states else None
+        build = _cached if hashable(static) else _small_call
+        return build(static, place, self.plan)(variables, *arrays)
+
+
+def slimmed(model: eqx.Module, plan: Plan, state: eqx.nn.State | None = None) -> Any:
+    """A module that holds the small arrays and computes what `slim` computes.
+
+    Args:
+      model: the full module.
+      plan: what is kept, for groups that were found on ``functional(model)`` (or ``functional(model,
+        state)``).
+      state: the state that the groups were found with, if any.
+
+    Returns:
+      A module called like `model`, unbatched: `jax.vmap` goes around it. With state, the module and the
+      small state, to be called as ``module(x, state)``, which gives the output and the new small state.
+
+    Raises:
+      TraceError: the model is no Equinox module.
+      PlanError: the plan was made for another model.
+    """
+    small, small_state = _with_small_arrays(model, plan, state, "slimmed")
+    module = Slimmed(small, plan)
+    return module if state is None else (module, small_state)
+
+
+def smaller(
+    model: eqx.Module, plan: Plan, *args: Any, state: eqx.nn.State | None = None, **kwargs: Any
+) -> Any:
+    """A module of the same class with smaller arrays, which runs its own code on them.
+
+    It is the same function as the slimmed one only where nothing in its code depends on the size of a cut
+    axis (the mean of a LayerNorm, the scale of attention, a reshape); give example inputs to have that
+    checked. Static fields (`out_features`, `num_heads`, `groups`) stay as they are.
+
+    Args:
+      model: the full module, in inference mode if it drops out.
+      plan: what is kept.
+      *args: one example for the check (the state is added behind it); without any, nothing is checked.
+      state: the state that the groups were found with, if any.
+      **kwargs: further arguments of the call.
+
+    Returns:
+      The smaller module; with state, the module and the small state.
+
+    Raises:
+      TraceError: the model is no Equinox module.
+      PlanError: the plan was made for another model, or (with an example) the smaller module computes
+        something else than `slimmed`.
+    """
+    small, small_state = _with_small_arrays(model, plan, state, "smaller")
+    if args or kwargs:
+        inputs = args if state is None else (*args, small_state)
+        expected = Slimmed(small, plan)(*inputs, **kwargs)
+        compare(lambda: small(*inputs, **kwargs), expected, None, "smaller", "slimmed")  # pyright: ignore[reportCallIssue]
+    return small if state is None else (small, small_state)
+
+
+def _check(model: Any, caller: str) -> None:
+    if not isinstance(model, eqx.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TraceError(
+            f"equinox.{caller}: got {got}, expected an instance of equinox.Module. A plain function of a "
+            "pytree needs no adapter: pass it to find_groups as it is."
+        )
+
+
+def _with_small_arrays(model: Any, plan: Plan, state: Any, caller: str) -> tuple[Any, Any]:
+    _check(model, caller)
+    params, rest = eqx.partition(model, eqx.is_inexact_array)
+    if state is None:
+        return eqx.combine(shrink(params, plan), rest), None
+    arrays, other = eqx.partition(state, eqx.is_inexact_array)
+    small = shrink({"params": params, "state": arrays}, plan)
+    return eqx.combine(small["params"], rest), eqx.combine(small["state"], other)
+
+
+def _small_call(static: Static, place: int | None, plan: Plan) -> Callable[..., Any]:
+    """The slimmed call of a module whose state, if any, is the argument at a place."""
+
+    def call(variables: Any, *arrays: Any) -> Any:
+        rest, args, kwargs = static.join(list(arrays))
+        params = variables
+        if place is not None:
+            params = variables["params"]
+            args = (*args[:place], eqx.combine(variables["state"], args[place]), *args[place + 1 :])
+        return eqx.combine(params, rest)(*args, **kwargs)
+
+    released = list(plan.released)
+    if place is not None:
+        # The call gives (output, new state), where the plan's function gives the output.
+        released = [f"0/{path}" if path else "0" for path in released]
+        released += [f"1/{leaf.path.removeprefix('state/')}" for leaf in plan.leaves]
+    return slim(call, plan, released=released)
+
+
+_cached = lru_cache(maxsize=64)(_small_call)

@@ -1,0 +1,85 @@
+"""Haiku: a transformed function as a pure function of its variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import haiku as hk
+except ImportError as error:
+    raise ImportError(
+        "compaware_jax.adapters.haiku needs Haiku, which is not installed: pip install dm-haiku"
+    ) from error
+
+from compaware_jax.errors import TraceError
+
+
+def functional(
+    transformed: hk.Transformed | hk.TransformedWithState,
+    params: Any,
+    state: Any = None,
+    *,
+    rng: Any = None,
+    updates: bool = False,
+    **static_kwargs: Any,
+) -> tuple[Callable[..., Any], Any]:
+    """A transformed function as a pure function of its variables.
+
+    Args:
+      transformed: what `hk.transform` or `hk.transform_with_state` returned.
+      params: the parameters.
+      state: the state, for `hk.transform_with_state`.
+      rng: random key, closed over; needed only where the model draws random numbers.
+      updates: whether the function returns (output, new state) instead of the output; with state only.
+      **static_kwargs: keyword arguments of the call that are not arrays, e.g. ``is_training=False``.
+
+    Returns:
+      The function ``apply(variables, *args)`` and the variables: `params` as they are, or with state
+      ``{"params": params, "state": state}``. Shrunken variables are the parameters (and state) of the same
+      network built at the smaller widths.
+
+    Raises:
+      TraceError: the model is no transformed function, or state is missing or given in vain.
+
+    Example:
+      >>> import haiku as hk, jax, jax.numpy as jnp, compaware_jax as ca
+      >>> from compaware_jax.adapters import haiku as adapter
+      >>> net = hk.transform(lambda x: hk.nets.MLP([8, 2])(x))
+      >>> params = net.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> apply, variables = adapter.functional(net, params)
+      >>> groups = ca.find_groups(apply, variables, jnp.ones((1, 3)))
+      >>> plan = ca.plan_units(groups, jnp.arange(8) < 5)
+      >>> small = hk.transform(lambda x: hk.nets.MLP([5, 2])(x))
+      >>> small.apply(ca.shrink(params, plan), None, jnp.ones((4, 3))).shape
+      (4, 2)
+    """
+    if isinstance(transformed, hk.TransformedWithState):
+        if state is None:
+            raise TraceError(
+                "haiku.functional: got a TransformedWithState without its state. Pass "
+                "functional(transformed, params, state) with both results of transformed.init."
+            )
+        with_state = transformed.apply
+
+        def apply_with_state(variables: Any, *args: Any, **kwargs: Any) -> Any:
+            call = with_state(variables["params"], variables["state"], rng, *args, **static_kwargs, **kwargs)
+            return call if updates else call[0]
+
+        return apply_with_state, {"params": params, "state": state}
+    if not isinstance(transformed, hk.Transformed):
+        raise TraceError(
+            f"haiku.functional: got a {type(transformed).__name__}, expected what hk.transform or "
+            "hk.transform_with_state returns (not wrapped in hk.without_apply_rng; rng is None by default)."
+        )
+    if state is not None or updates:
+        raise TraceError(
+            "haiku.functional: got state or updates=True for a Transformed, which has no state. Leave them "
+            "out, or use hk.transform_with_state."
+        )
+    plain = transformed.apply
+
+    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain(variables, rng, *args, **static_kwargs, **kwargs)
+
+    return apply, params

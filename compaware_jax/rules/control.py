@@ -1,0 +1,181 @@
+"""Loops and branches: bodies are read with what is known of their inputs, and run again on small arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import primitives as p
+
+from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.rules.families import cut
+from compaware_jax.rules.registry import REGIONS, Kept, Read, RegionRule, RunBody, Small
+from compaware_jax.trace import Equation
+
+
+def _carried(ledger: Ledger, x: Tracked) -> Tracked:
+    """A carry before the first step: axes that nothing was known of may leave with what the body ties."""
+    covered = {a for f in x.factors for a in f.axes}
+    new = (
+        Factor((a,), ledger.fresh(n), x.uniform == 0)
+        for a, n in enumerate(x.shape)
+        if n > 1 and a not in covered
+    )
+    return Tracked(x.shape, (*x.factors, *new))
+
+
+def _joined(ledger: Ledger, xs: Sequence[Tracked]) -> Tracked:
+    """What holds of a value that is one of several, all of one shape."""
+    factors = []
+    for axes, ids, flags in combine(ledger, [x.factors for x in xs]):
+        zero = all(x.uniform == 0 if flag is None else flag for flag, x in zip(flags, xs, strict=True))
+        factors.append(Factor(axes, ids, zero))
+    uniform = {x.uniform for x in xs}
+    return Tracked(xs[0].shape, tuple(factors), uniform.pop() if len(uniform) == 1 else None)
+
+
+def _settled(ledger: Ledger, carry: list[Tracked], step: Any) -> tuple[list[Tracked], Any]:
+    """Read a loop's body until what holds of the carry holds after a step, too."""
+    while True:
+        doubts = ledger.doubts
+        after, others = step(carry)
+        joined = [_joined(ledger, pair) for pair in zip(carry, after, strict=True)]
+        if [_form(x) for x in joined] == [_form(x) for x in carry]:
+            return carry, others
+        # Coarser factors or fewer zeros: both can only shrink, so this ends.
+        ledger.forget_doubts(doubts)
+        carry = [replace(x, uniform=None) for x in joined]
+
+
+def _form(x: Tracked) -> set[tuple[tuple[int, ...], bool]]:
+    return {(f.axes, f.zero) for f in x.factors}
+
+
+# --- scan ---------------------------------------------------------------------------------------------
+
+
+def _scan_parts(eqn: Equation, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    return list(items[:consts]), list(items[consts : consts + carry]), list(items[consts + carry :])
+
+
+def _couple_scan(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked], read: Read) -> list[Tracked]:
+    consts, init, xs = _scan_parts(eqn, inputs)
+    slices = [_slice(ledger, eqn, x) for x in xs]
+
+    def step(carry: list[Tracked]) -> tuple[list[Tracked], list[Tracked]]:
+        outs = read(eqn.bodies[0], [*consts, *carry, *slices])
+        return outs[: len(init)], outs[len(init) :]
+
+    carry, ys = _settled(ledger, [_carried(ledger, x) for x in init], step)
+    return [*carry, *(_stacked(ledger, eqn, y) for y in ys)]
+
+
+def _slice(ledger: Ledger, eqn: Equation, x: Tracked) -> Tracked:
+    factors = []
+    for factor in x.factors:
+        rest = [a for a in factor.axes if a != 0]
+        if not rest:
+            ledger.fix(factor.ids, f"the axis that {eqn.where} runs over")
+            continue
+        factors.append(ledger.collapse(factor, rest).moved({a: a - 1 for a in rest}))
+    return Tracked(x.shape[1:], tuple(factors), x.uniform)
+
+
+def _stacked(ledger: Ledger, eqn: Equation, y: Tracked) -> Tracked:
+    factors = [f.moved({a: a + 1 for a in f.axes}) for f in y.factors]
+    length = eqn.params["length"]
+    if length > 1:
+        ids = ledger.fresh_fixed(length, reason=f"the axis that {eqn.where} runs over")
+        factors.append(Factor((0,), ids, True))
+    return Tracked((length, *y.shape), tuple(factors), y.uniform)
+
+
+def _slim_scan(
+    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept], run: RunBody
+) -> list[jax.Array]:
+    consts, init, xs = _scan_parts(eqn, operands)
+    targets = [*kept[: len(init)], *(axes[1:] for axes in kept[len(init) :])]
+    fixed = [x.array for x in consts]
+
+    def step(carry: list[jax.Array], slices: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        outs = run(eqn.bodies[0], [*fixed, *carry, *slices], targets)
+        return outs[: len(init)], outs[len(init) :]
+
+    start = [cut(x, target) for x, target in zip(init, targets, strict=False)]
+    carry, ys = lax.scan(
+        step,
+        start,
+        [x.array for x in xs],
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+    return [*carry, *ys]
+
+
+REGIONS[p.scan_p] = RegionRule(_couple_scan, _slim_scan, lambda eqn: (eqn.params["length"],))
+
+
+# --- while --------------------------------------------------------------------------------------------
+
+
+def _while_parts(eqn: Equation, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    cond, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    return list(items[:cond]), list(items[cond : cond + body]), list(items[cond + body :])
+
+
+def _couple_while(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked], read: Read) -> list[Tracked]:
+    cond_consts, body_consts, init = _while_parts(eqn, inputs)
+    condition, body = eqn.bodies
+
+    def step(carry: list[Tracked]) -> tuple[list[Tracked], None]:
+        read(condition, [*cond_consts, *carry])
+        return read(body, [*body_consts, *carry]), None
+
+    return _settled(ledger, [_carried(ledger, x) for x in init], step)[0]
+
+
+def _slim_while(
+    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept], run: RunBody
+) -> list[jax.Array]:
+    cond_consts, body_consts, init = _while_parts(eqn, operands)
+    condition, body = eqn.bodies
+
+    def goes_on(carry: list[jax.Array]) -> jax.Array:
+        return run(condition, [*(x.array for x in cond_consts), *carry], [()])[0]
+
+    def step(carry: list[jax.Array]) -> list[jax.Array]:
+        return run(body, [*(x.array for x in body_consts), *carry], kept)
+
+    start = [cut(x, target) for x, target in zip(init, kept, strict=True)]
+    return list(lax.while_loop(goes_on, step, start))
+
+
+# How often a loop runs is not known: its body counts once.
+REGIONS[p.while_p] = RegionRule(_couple_while, _slim_while, lambda eqn: (1, 1))
+
+
+# --- cond ---------------------------------------------------------------------------------------------
+
+
+def _couple_cond(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked], read: Read) -> list[Tracked]:
+    branches = [read(body, inputs[1:]) for body in eqn.bodies]
+    return [_joined(ledger, outs) for outs in zip(*branches, strict=True)]
+
+
+def _slim_cond(
+    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept], run: RunBody
+) -> list[jax.Array]:
+    def branch(body: Any) -> Any:
+        return lambda *arrays: run(body, arrays, kept)
+
+    choice, *rest = (x.array for x in operands)
+    return list(lax.switch(choice, [branch(body) for body in eqn.bodies], *rest))
+
+
+# Only one branch runs: the first stands for all.
+REGIONS[p.cond_p] = RegionRule(_couple_cond, _slim_cond, lambda eqn: (1,) + (0,) * (len(eqn.bodies) - 1))

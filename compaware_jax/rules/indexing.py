@@ -1,0 +1,306 @@
+"""Look-ups and updates by index: gather, scatter, dynamic_slice, dynamic_update_slice.
+
+Axes taken whole are passed on. Axes that are indexed stay whole, unless the positions are constants of
+the program: then the rule applies the primitive to the array of atoms, as `pieces` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import primitives as p
+
+from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
+from compaware_jax.rules.families import bind, cut, freed, small_shape, take
+from compaware_jax.rules.registry import Kept, Small, register_rule
+from compaware_jax.trace import Equation
+
+# Beyond this many elements a static look-up is not followed position by position.
+_FOLLOWED_SIZE = 2**24
+
+
+def _passed(
+    ledger: Ledger, x: Tracked, passes: dict[int, int], reason: str, leave: Iterable[Factor] = ()
+) -> list[Factor]:
+    """Factors on axes that pass, renamed; atoms that live on other axes alone never leave."""
+    skipped, factors = set(map(id, leave)), []
+    for factor in x.factors:
+        if id(factor) in skipped:
+            continue
+        rest = [a for a in factor.axes if a in passes]
+        if rest:
+            factors.append(ledger.collapse(factor, rest).moved({a: passes[a] for a in rest}))
+        else:
+            ledger.fix(factor.ids, reason)
+    return factors
+
+
+def _fixed_elsewhere(
+    ledger: Ledger, shape: tuple[int, ...], free: Iterable[int], reason: str
+) -> list[Factor]:
+    """Factors that never leave, for the axes of a shape that are not among the free ones."""
+    done = set(free)
+    return [
+        Factor((a,), ledger.fresh_fixed(n, reason=reason), True)
+        for a, n in enumerate(shape)
+        if n > 1 and a not in done
+    ]
+
+
+# --- gather -------------------------------------------------------------------------------------------
+
+
+def _gather_axes(eqn: Equation) -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
+    """Window axes and batching axes of the operand, and batch axes of the indices, to output axes."""
+    dims = eqn.params["dimension_numbers"]
+    operand, indices = eqn.in_shapes
+    windows = [
+        a
+        for a in range(len(operand))
+        if a not in dims.collapsed_slice_dims and a not in dims.operand_batching_dims
+    ]
+    batch = [a for a in range(len(eqn.out_shapes[0])) if a not in dims.offset_dims]
+    of_indices = dict(zip(range(len(indices) - 1), batch, strict=True))
+    batching = {
+        a: of_indices[b]
+        for a, b in zip(dims.operand_batching_dims, dims.start_indices_batching_dims, strict=True)
+    }
+    return dict(zip(windows, dims.offset_dims, strict=True)), batching, of_indices
+
+
+def _couple_gather(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    x, indices = inputs
+    windows, batching, of_indices = _gather_axes(eqn)
+    sizes = eqn.params["slice_sizes"]
+    whole = {a: out for a, out in windows.items() if sizes[a] == x.shape[a]}
+    passes = whole | batching
+    followed = [
+        f for f in x.factors if not set(f.axes) <= set(passes) and _is_followed(ledger, eqn, f, indices.known)
+    ]
+    factors = _passed(ledger, x, passes, f"looked up by index in {eqn.where}", followed)
+    for factor in followed:
+        assert indices.known is not None
+        factors.append(_follow(eqn, factor, indices.known, whole))
+    last = len(indices.shape) - 1
+    from_indices = _passed(
+        ledger, Tracked(indices.shape, indices.factors), of_indices, f"an index of {eqn.where}"
+    )
+    factors = [
+        Factor(axes, ids, all(flag is not False for flag in flags) and flags[0] is not None)
+        for axes, ids, flags in combine(ledger, [tuple(factors), tuple(from_indices)])
+    ]
+    assert last not in of_indices
+    reason = f"a window taken by index in {eqn.where}"
+    covered = {a for f in factors for a in f.axes} | set(passes.values()) | set(of_indices.values())
+    if not followed:
+        factors += _fixed_elsewhere(ledger, eqn.out_shapes[0], covered, reason)
+        # Where fixed atoms are looked up, what comes out is fixed as well.
+        if x.factors and indices.known is None:
+            looked_up = [out for b, out in of_indices.items() if out not in passes.values()]
+            taken = {a for f in factors for a in f.axes}
+            others = set(range(len(eqn.out_shapes[0]))) - set(looked_up)
+            factors += _fixed_elsewhere(
+                ledger, eqn.out_shapes[0], others | taken, f"looked up by index in {eqn.where}"
+            )
+    return [freed(ledger, eqn.out_shapes[0], factors, x.uniform, eqn.where)]
+
+
+def _is_followed(ledger: Ledger, eqn: Equation, factor: Factor, known: np.ndarray | None) -> bool:
+    """Whether every position that a static look-up takes is inside, and few enough to follow."""
+    if known is None or ledger.all_fixed(factor.ids):
+        return False
+    starts = eqn.params["dimension_numbers"].start_index_map
+    limits = [eqn.in_shapes[0][a] - eqn.params["slice_sizes"][a] for a in starts]
+    inside = known.size > 0 and (known >= 0).all() and (known <= np.array(limits)).all()
+    sizes = [int(np.prod(shape)) for shape in (*eqn.in_shapes[:1], *eqn.out_shapes)]
+    return bool(inside) and max(sizes) <= _FOLLOWED_SIZE
+
+
+def _follow(eqn: Equation, factor: Factor, known: np.ndarray, whole: dict[int, int]) -> Factor:
+    """The factor of a static look-up: the look-up of the factor."""
+    operand, sizes = list(eqn.in_shapes[0]), list(eqn.params["slice_sizes"])
+    for axis in whole:
+        if axis not in factor.axes:
+            operand[axis] = sizes[axis] = 1
+    ids = factor.ids.reshape([n if a in factor.axes else 1 for a, n in enumerate(operand)])
+    with jax.ensure_compile_time_eval():
+        taken = lax.gather(
+            jnp.asarray(np.broadcast_to(ids, operand)),
+            jnp.asarray(known),
+            eqn.params["dimension_numbers"],
+            tuple(sizes),
+            mode="clip",
+        )
+    taken = np.asarray(taken).astype(int)
+    return minimal(range(taken.ndim), taken, factor.zero)
+
+
+def _slim_gather(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
+    x, indices = operands
+    windows, batching, of_indices = _gather_axes(eqn)
+    sizes = list(eqn.params["slice_sizes"])
+    positions = indices.array
+    axis_of_batch = {out: a for a, out in of_indices.items()}
+    # Output axes that run over the indices: keep the positions that are wanted.
+    target: list[np.ndarray | None] = [None] * positions.ndim
+    for out, index in enumerate(kept[0]):
+        if index is not None and out in axis_of_batch and indices.kept[axis_of_batch[out]] is None:
+            target[axis_of_batch[out]] = index
+    positions = take(positions, target)
+    starts = eqn.params["dimension_numbers"].start_index_map
+    for axis, index in enumerate(x.kept):
+        if index is None:
+            continue
+        if axis in starts and sizes[axis] != eqn.in_shapes[0][axis]:
+            if sizes[axis] != 1 or indices.known is None:
+                return None
+            column = starts.index(axis)
+            moved = jnp.searchsorted(jnp.asarray(index), positions[..., column])
+            positions = positions.at[..., column].set(moved.astype(positions.dtype))
+        elif axis in windows:
+            sizes[axis] = len(index)
+    for axis, out in windows.items():
+        if kept[0][out] is not None and x.kept[axis] is None:
+            return None
+    array = x.array
+    for axis, out in batching.items():
+        if kept[0][out] is not None and x.kept[axis] is None:
+            array = take(array, [kept[0][out] if a == axis else None for a in range(array.ndim)])
+    return bind(eqn, [array, positions], slice_sizes=tuple(sizes))
+
+
+register_rule(p.gather_p, _couple_gather, _slim_gather)
+
+
+# --- scatter ------------------------------------------------------------------------------------------
+
+
+def _scatter_axes(eqn: Equation) -> tuple[dict[int, int], dict[int, int]]:
+    """Whole window axes and batching axes of the updates to axes of the operand."""
+    dims = eqn.params["dimension_numbers"]
+    operand, _, updates = eqn.in_shapes
+    windows = [
+        a
+        for a in range(len(operand))
+        if a not in dims.inserted_window_dims and a not in dims.operand_batching_dims
+    ]
+    pairs = zip(dims.update_window_dims, windows, strict=True)
+    whole = {u: a for u, a in pairs if updates[u] == operand[a]}
+    batch = [a for a in range(len(updates)) if a not in dims.update_window_dims]
+    batching = {
+        batch[b]: a
+        for a, b in zip(dims.operand_batching_dims, dims.scatter_indices_batching_dims, strict=True)
+    }
+    return whole, batching
+
+
+def _couple_scatter(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    x, indices, updates = inputs
+    whole, batching = _scatter_axes(eqn)
+    passes = whole | batching
+    reason = f"written to by index in {eqn.where}"
+    for factor in indices.factors:
+        ledger.fix(factor.ids, f"an index of {eqn.where}")
+    into = _passed(ledger, x, {a: a for a in passes.values()}, reason)
+    written = _passed(ledger, updates, passes, reason)
+    factors = []
+    for axes, ids, (mine, theirs) in combine(ledger, [tuple(into), tuple(written)]):
+        zero = (x.uniform == 0 if mine is None else mine) and (
+            updates.uniform == 0 if theirs is None else theirs
+        )
+        factors.append(Factor(axes, ids, zero))
+    factors += _fixed_elsewhere(ledger, x.shape, passes.values(), reason)
+    return [Tracked(x.shape, tuple(factors))]
+
+
+def _slim_scatter(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
+    x, indices, updates = operands
+    whole, batching = _scatter_axes(eqn)
+    if any(kept[0][a] is not None for a in batching.values()):
+        return None
+    target: list[np.ndarray | None] = [None] * updates.array.ndim
+    for axis, to in whole.items():
+        target[axis] = kept[0][to]
+    return bind(eqn, [cut(x, kept[0]), indices.array, cut(updates, tuple(target))])
+
+
+for primitive in (p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_min_p, p.scatter_max_p):
+    register_rule(primitive, _couple_scatter, _slim_scatter)
+if hasattr(lax, "scatter_sub_p"):
+    register_rule(lax.scatter_sub_p, _couple_scatter, _slim_scatter)
+
+
+# --- dynamic_slice, dynamic_update_slice --------------------------------------------------------------
+
+
+def _known_start(start: Tracked | Small, size: int, taken: int) -> int | None:
+    return None if start.known is None else int(np.clip(start.known, 0, size - taken))
+
+
+def _couple_dynamic_slice(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    x, *starts = inputs
+    sizes = eqn.params["slice_sizes"]
+    known = [_known_start(s, n, k) for s, n, k in zip(starts, x.shape, sizes, strict=True)]
+    passes = {
+        a: a for a, (s, n, k) in enumerate(zip(known, x.shape, sizes, strict=True)) if n == k or s is not None
+    }
+    reason = f"sliced at a computed position in {eqn.where}"
+    factors = []
+    for factor in _passed(ledger, x, passes, reason):
+        ids = factor.ids
+        for position, axis in enumerate(factor.axes):
+            start = known[axis] or 0
+            ids = np.take(ids, np.arange(start, start + sizes[axis]), axis=position)
+        factors.append(Factor(factor.axes, ids, factor.zero))
+    factors += _fixed_elsewhere(ledger, eqn.out_shapes[0], passes, reason)
+    return [freed(ledger, eqn.out_shapes[0], factors, x.uniform, eqn.where)]
+
+
+def _slim_dynamic_slice(
+    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
+) -> list[jax.Array] | None:
+    x, *starts = operands
+    array, begin = x.array, [s.array for s in starts]
+    sizes = list(eqn.params["slice_sizes"])
+    for axis, index in enumerate(x.kept):
+        if index is None:
+            continue
+        start = _known_start(starts[axis], eqn.in_shapes[0][axis], sizes[axis]) or 0
+        places = np.flatnonzero((index >= start) & (index < start + sizes[axis]))
+        array = take(array, [places if a == axis else None for a in range(array.ndim)])
+        sizes[axis] = len(places)
+        begin[axis] = jnp.zeros_like(begin[axis])
+    return [lax.dynamic_slice(array, begin, sizes)]
+
+
+register_rule(p.dynamic_slice_p, _couple_dynamic_slice, _slim_dynamic_slice)
+
+
+def _couple_update(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    x, update = inputs[:2]
+    passes = {a: a for a, (n, k) in enumerate(zip(x.shape, update.shape, strict=True)) if n == k}
+    reason = f"written to at a position in {eqn.where}"
+    parts = [tuple(_passed(ledger, part, passes, reason)) for part in (x, update)]
+    factors = []
+    for axes, ids, flags in combine(ledger, parts):
+        zero = all(
+            part.uniform == 0 if flag is None else flag for flag, part in zip(flags, (x, update), strict=True)
+        )
+        factors.append(Factor(axes, ids, zero))
+    factors += _fixed_elsewhere(ledger, x.shape, passes, reason)
+    return [Tracked(x.shape, tuple(factors))]
+
+
+def _slim_update(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
+    x, update, *starts = operands
+    full = small_shape(eqn.out_shapes[0], kept[0])
+    arrays = [cut(x, kept[0]), cut(update, kept[0])]
+    assert arrays[0].shape == full
+    return bind(eqn, [*arrays, *(s.array for s in starts)])
+
+
+register_rule(p.dynamic_update_slice_p, _couple_update, _slim_update)

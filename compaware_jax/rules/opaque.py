@@ -1,0 +1,113 @@
+"""What is drawn at random, handed on, or computed from whole matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.extend.core import primitives as p
+
+from compaware_jax.factors import Factor, Ledger, Tracked
+from compaware_jax.rules.families import bind
+from compaware_jax.rules.registry import Kept, Small, register_rule
+from compaware_jax.trace import Equation
+
+# --- random bits: drawn at full width, cut where they are used ----------------------------------------
+
+
+def _couple_drawn(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    for x in inputs:
+        for factor in x.factors:
+            ledger.fix(factor.ids, f"a random key or count of {eqn.where}")
+    return [Tracked(shape) for shape in eqn.out_shapes]
+
+
+def _slim_whole(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
+    return bind(eqn, [x.array for x in operands])
+
+
+def _primitives_of(function: object, *args: object) -> list[Primitive]:
+    """The primitives that a function traces to: those of `jax.random` have no public name."""
+    return [eqn.primitive for eqn in jax.make_jaxpr(function)(*args).eqns]  # type: ignore[arg-type]
+
+
+_WRAPPING = [
+    *_primitives_of(jax.random.wrap_key_data, jax.ShapeDtypeStruct((2,), "uint32")),
+    *_primitives_of(jax.random.key_data, jax.eval_shape(lambda: jax.random.key(0))),
+    *_primitives_of(jax.random.clone, jax.eval_shape(lambda: jax.random.key(0))),
+]
+for primitive in (
+    p.random_bits_p, p.random_seed_p, p.random_split_p, p.random_fold_in_p, p.threefry2x32_p,
+    p.rng_bit_generator_p, p.rng_uniform_p, *_WRAPPING,
+):  # fmt: skip
+    register_rule(primitive, _couple_drawn, _slim_whole)
+
+
+# --- handed on ----------------------------------------------------------------------------------------
+
+
+def _couple_same(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    return list(inputs)
+
+
+for primitive in (lax.optimization_barrier_p, p.device_put_p):
+    register_rule(primitive, _couple_same, _slim_whole)
+
+
+def _slim_unsharded(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
+    # A cut axis need not divide the mesh any more: the compiler chooses.
+    (x,) = operands
+    return [x.array] if any(index is not None for index in x.kept) else bind(eqn, [x.array])
+
+
+register_rule(p.sharding_constraint_p, _couple_same, _slim_unsharded)
+
+
+# --- whole matrices -----------------------------------------------------------------------------------
+
+
+def _couple_whole(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    reason = f"{eqn.where} computes from whole matrices"
+    for x in inputs:
+        for factor in x.factors:
+            ledger.fix(factor.ids, reason)
+    return [
+        Tracked(
+            shape,
+            tuple(
+                Factor((a,), ledger.fresh_fixed(n, reason=reason), True) for a, n in enumerate(shape) if n > 1
+            ),
+        )
+        for shape in eqn.out_shapes
+    ]
+
+
+for primitive in (
+    p.cholesky_p, p.eig_p, p.eigh_p, p.svd_p, p.qr_p, p.lu_p, p.hessenberg_p, p.householder_product_p,
+    p.schur_p, p.triangular_solve_p, p.tridiagonal_p, p.tridiagonal_solve_p, p.linear_solve_p,
+):  # fmt: skip
+    register_rule(primitive, _couple_whole, _slim_whole)
+
+
+def _couple_fft(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    (x,), shape = inputs, eqn.out_shapes[0]
+    batch = len(shape) - len(eqn.params["fft_lengths"])
+    reason = f"transformed by {eqn.where}"
+    factors = []
+    for factor in x.factors:
+        rest = [a for a in factor.axes if a < batch]
+        if rest:
+            factors.append(ledger.collapse(factor, rest))
+        else:
+            ledger.fix(factor.ids, reason)
+    factors += [
+        Factor((a,), ledger.fresh_fixed(shape[a], reason=reason), True)
+        for a in range(batch, len(shape))
+        if shape[a] > 1
+    ]
+    return [Tracked(shape, tuple(factors))]
+
+
+register_rule(p.fft_p, _couple_fft, _slim_whole)

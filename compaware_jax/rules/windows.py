@@ -1,0 +1,116 @@
+"""Windows and running results: pooling, and cumulative sums, products and extrema."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax.extend.core import Primitive
+from jax.extend.core import primitives as p
+
+from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.rules.families import bind, cut
+from compaware_jax.rules.registry import Kept, Small, register_rule
+from compaware_jax.trace import Equation
+
+# --- windows ------------------------------------------------------------------------------------------
+
+
+def _trivial_axes(eqn: Equation) -> list[int]:
+    """Axes along which the window is one element wide."""
+    params, rank = eqn.params, len(eqn.params["window_dimensions"])
+    ones, none = (1,) * rank, ((0, 0),) * rank
+    strides = params["window_strides"]
+    base, dilation = params.get("base_dilation") or ones, params.get("window_dilation") or ones
+    padding = params.get("padding") or none
+    return [
+        a
+        for a in range(rank)
+        if (params["window_dimensions"][a], strides[a], base[a], dilation[a]) == (1, 1, 1, 1)
+        and tuple(padding[a]) == (0, 0)
+    ]
+
+
+def windowed(primitive: Primitive, *, zeros: bool) -> None:
+    """Register a primitive that slides a window over operands of one rank.
+
+    Args:
+      primitive: with the parameters of `lax.reduce_window`; operands of rank 0 are start values.
+      zeros: whether a window of zeros gives zero.
+    """
+
+    def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+        trivial = _trivial_axes(eqn)
+        ranked = [x for x in inputs if x.shape]
+        reason = f"a window runs over it in {eqn.where}"
+        parts = []
+        for x in ranked:
+            part = []
+            for factor in x.factors:
+                rest = [a for a in factor.axes if a in trivial]
+                if rest:
+                    part.append(ledger.collapse(factor, rest))
+                else:
+                    ledger.fix(factor.ids, reason)
+            parts.append(tuple(part))
+        passed = [
+            Factor(axes, ids, zeros and all(bool(flag) for flag in flags))
+            for axes, ids, flags in combine(ledger, parts)
+        ]
+        outputs = []
+        for shape in eqn.out_shapes:
+            fixed = [
+                Factor((a,), ledger.fresh_fixed(n, reason=reason), True)
+                for a, n in enumerate(shape)
+                if n > 1 and a not in trivial
+            ]
+            outputs.append(Tracked(shape, (*passed, *fixed)))
+        return outputs
+
+    def slim(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
+        trivial = _trivial_axes(eqn)
+        target = tuple(index if a in trivial else None for a, index in enumerate(kept[0]))
+        return bind(eqn, [cut(x, target) if x.array.ndim else x.array for x in operands])
+
+    register_rule(primitive, couple, slim)
+
+
+for primitive in (p.reduce_window_sum_p, p.reduce_window_max_p, p.reduce_window_min_p):
+    windowed(primitive, zeros=True)
+for primitive in (p.reduce_window_p, p.select_and_gather_add_p, p.select_and_scatter_add_p):
+    windowed(primitive, zeros=False)
+
+
+# --- running results ----------------------------------------------------------------------------------
+
+
+def running(primitive: Primitive, *, sums: bool, zeros: bool) -> None:
+    """Register a running result along ``params["axis"]``.
+
+    Args:
+      primitive: takes one operand.
+      sums: whether zeros along the axis do not change the result; otherwise a cut axis is un-cut.
+      zeros: whether zeros all along the axis give zero.
+    """
+
+    def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+        (x,) = inputs
+        factors = tuple(
+            Factor(f.axes, f.ids, zeros and f.zero and eqn.params["axis"] not in f.axes) for f in x.factors
+        )
+        return [Tracked(x.shape, factors)]
+
+    def slim(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
+        (x,) = operands
+        axis = eqn.params["axis"]
+        if x.kept[axis] is not None and not (sums and x.zero[axis]):
+            return None
+        return bind(eqn, [x.array])
+
+    register_rule(primitive, couple, slim)
+
+
+running(p.cumsum_p, sums=True, zeros=True)
+for primitive in (p.cumprod_p, p.cummax_p, p.cummin_p):
+    running(primitive, sums=False, zeros=True)
+running(p.cumlogsumexp_p, sums=False, zeros=False)
