@@ -7,13 +7,14 @@ example.
 
 from compaware_jax.coefficients import GradientSearch
 from compaware_jax.compress import Result, compress
+from compaware_jax.constraints import constrain
 from compaware_jax.cost import Budget, flops, nbytes, params
 from compaware_jax.criteria import Criterion, at_least, at_most
 from compaware_jax.discover import find_groups
 from compaware_jax.errors import CompawareError
 from compaware_jax.fit import fit
 from compaware_jax.grid import GridSearch
-from compaware_jax.groups import Group, Groups
+from compaware_jax.groups import Groups
 from compaware_jax.masks import apply_mask, mask
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.rules import register_rule
@@ -26,7 +27,6 @@ __all__ = [
     "Criterion",
     "GradientSearch",
     "GridSearch",
-    "Group",
     "Groups",
     "Plan",
     "Result",
@@ -34,6 +34,7 @@ __all__ = [
     "at_least",
     "at_most",
     "compress",
+    "constrain",
     "expand",
     "find_groups",
     "fit",

@@ -118,14 +118,15 @@ def on_budget(cost: Cost, log_share: Float[Array, " groups"], budget: ArrayLike)
       budget: fraction of the dense cost.
 
     Returns:
-      Log counts, shape (groups,), between the fewest that may stay and the whole group.
+      Log counts, shape (groups,), between the fewest and the most that may stay.
     """
-    top = jnp.log(jnp.asarray(cost.units, log_share.dtype))
-    bottom = jnp.log(jnp.asarray(cost.least, log_share.dtype))
+    top, most, bottom = (
+        jnp.log(jnp.asarray(counts, log_share.dtype)) for counts in (cost.units, cost.most, cost.least)
+    )
     goal = budget * cost(jnp.exp(top))
 
     def place(shift: jax.Array) -> jax.Array:
-        return jnp.clip(top + log_share + shift, bottom, top)
+        return jnp.clip(top + log_share + shift, bottom, most)
 
     def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
@@ -206,7 +207,7 @@ class GradientSearch:
         share_rule = optax.adam(
             optax.cosine_decay_schedule(self.travel / self.steps, self.steps), b1=0.9, b2=0.99
         )
-        top = np.log(groups.sizes)
+        top, most = np.log(groups.sizes), np.log(groups.ceilings)
 
         def init(variables: Any, budget: Any, key: jax.Array, offset: Any) -> GradientState:
             share = jnp.zeros(len(groups.groups))
@@ -239,7 +240,7 @@ class GradientSearch:
             (total, violations), (by_count, by_weight) = jax.value_and_grad(value, (0, 1), has_aux=True)(
                 sampled, state.variables
             )
-            tangent, price = _tangent(cost, sampled, by_count, sampled < top - 1e-4)
+            tangent, price = _tangent(cost, sampled, by_count, sampled < most - 1e-4)
 
             change: Any
             change, share_optimizer = share_rule.update(tangent, state.share_optimizer, state.log_share)

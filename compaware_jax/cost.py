@@ -35,6 +35,8 @@ class Cost:
       weights: per product its weight, shape (terms,).
       units: units per group, shape (groups,).
       least: the fewest units that may stay per group, shape (groups,).
+      most: the most units that may stay per group, shape (groups,).
+      step: kept counts are multiples of it, or the whole group, shape (groups,).
     """
 
     name: str
@@ -44,6 +46,8 @@ class Cost:
     weights: np.ndarray
     units: np.ndarray
     least: np.ndarray
+    most: np.ndarray
+    step: np.ndarray
 
     def __call__(self, counts: Num[ArrayLike, " groups"]) -> Float[Array, ""]:
         """The cost of soft or hard counts, shape (groups,): a float scalar, differentiable."""
@@ -145,6 +149,8 @@ class _Builder:
             weights=np.array([weight for _, weight in self.products], np.int64),
             units=self.groups.sizes,
             least=self.groups.floors,
+            most=self.groups.ceilings,
+            step=self.groups.steps,
         )
 
 

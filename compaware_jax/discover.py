@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from compaware_jax.errors import TraceError
 from compaware_jax.groups import COLLECTIONS, FixedAxis, Group, Groups, Leaf, default_component, leaves_of
 from compaware_jax.propagate import Analysis, analyse, work_of
-from compaware_jax.trace import trace
+from compaware_jax.trace import Program, trace
 
 
 def find_groups(
@@ -19,27 +19,33 @@ def find_groups(
     *args: Any,
     components: Callable[[str], str] = default_component,
     released: Sequence[str] = (),
+    state_outputs: Mapping[str, str] | None = None,
     inexact: bool = False,
     strict: bool = False,
+    **kwargs: Any,
 ) -> Groups:
     """Find the coupled channels of a function, read off its jaxpr.
 
     Args:
-      apply: pure function, called as ``apply(variables, *args)``.
+      apply: pure function, called as ``apply(variables, *args, **kwargs)``.
       variables: pytree of arrays or `jax.ShapeDtypeStruct`.
       *args: example inputs, arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
       components: maps a leaf path such as ``params/encoder/Dense_0/kernel`` to a component's name.
       released: tree paths of outputs whose axes may be cut, e.g. ``("latent",)``; all other outputs
         keep their shape.
+      state_outputs: maps the tree paths of outputs that are the next value of leaves (running averages,
+        an EMA target, a recurrent carry) to the leaves' paths, e.g. ``{"1/batch_stats": "batch_stats"}``;
+        sub-trees stand for all that is in them. They come out cut as their leaves are.
       inexact: also release groups whose removal differs from masking (a norm of a removed column).
       strict: raise at a primitive without a rule instead of keeping whole what reaches it.
+      **kwargs: further example inputs, by name.
 
     Returns:
       The `Groups`.
 
     Raises:
-      TraceError: the function cannot be traced with these variables and inputs, or `released` names no
-        output.
+      TraceError: the function cannot be traced with these variables and inputs, or `released` or
+        `state_outputs` names no output, or a state differs in shape from its leaf.
       UnknownPrimitiveError: in strict mode, at a primitive without a rule.
 
     Example:
@@ -56,18 +62,39 @@ def find_groups(
       >>> [(g.name, g.units, g.coupling) for g in groups.groups]
       [('first', 8, True)]
     """
-    program = trace(apply, variables, *args)
+    program = trace(apply, variables, *args, **kwargs)
     released = (released,) if isinstance(released, str) else tuple(released)
-    positions = []
     for name in released:
         if name not in program.output_paths:
             raise TraceError(
                 f"find_groups: released={name!r} names no output of the function, which has "
                 f"{list(program.output_paths)}. Pass one of these paths."
             )
-        positions.append(program.output_paths.index(name))
-    analysis = analyse(program, released=positions, strict=strict)
-    return _collect(analysis, leaves_of(variables), components, inexact, released)
+    pairs = tuple((state_outputs or {}).items())
+    states = _checked_states(program, pairs)
+    analysis = analyse(program, released=program.positions(released), states=states, strict=strict)
+    return _collect(analysis, leaves_of(variables), components, inexact, released, pairs)
+
+
+def _checked_states(program: Program, pairs: tuple[tuple[str, str], ...]) -> list[tuple[int, int]]:
+    states = program.states(pairs)
+    for output, leaf in pairs:
+        if not program.states([(output, leaf)]):
+            raise TraceError(
+                f"find_groups: state_outputs={{{output!r}: {leaf!r}}} joins no output to a leaf. The "
+                f"outputs are {list(program.output_paths)[:8]}, the leaves {list(program.leaves)[:8]}. "
+                "Pass paths under which an output's name, put behind the leaf's path, is a leaf."
+            )
+    for position, leaf in states:
+        got = program.avals[program.block.outputs[position]].shape
+        expected = program.avals[program.leaf_values[leaf]].shape
+        if got != expected:
+            raise TraceError(
+                f"find_groups: the state `{program.output_paths[position]}` has shape {got}, its leaf "
+                f"`{program.leaves[leaf]}` {expected}. A state takes its leaf's place in the next call, so "
+                "the shapes must agree."
+            )
+    return states
 
 
 def _collect(
@@ -76,6 +103,7 @@ def _collect(
     components: Callable[[str], str],
     inexact: bool,
     released: tuple[str, ...],
+    states: tuple[tuple[str, str], ...],
 ) -> Groups:
     program, solution = analysis.program, analysis.solution
     order, unread = _first_use(analysis)
@@ -129,6 +157,7 @@ def _collect(
         unread=unread,
         guarded=_guarded(analysis, unit_of_class, groups),
         released=released,
+        states=states,
         analysis=analysis,
         unit_of_class=unit_of_class,
         component_of=components,

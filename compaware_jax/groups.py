@@ -73,6 +73,21 @@ class FixedAxis:
 
 
 @dataclass(frozen=True, eq=False)
+class Limits:
+    """What is demanded of the kept units per group, arrays of shape (groups,); see `constrain`.
+
+    Attributes:
+      least: at least so many.
+      most: at most so many.
+      step: a multiple of it, or all.
+    """
+
+    least: np.ndarray
+    most: np.ndarray
+    step: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Groups:
     """What can leave a model, and what cannot.
 
@@ -84,9 +99,11 @@ class Groups:
       unread: paths of leaves that the function never reads; they form no groups.
       guarded: sets of units of which one must stay, beyond "no group is emptied".
       released: tree paths of outputs whose axes may be cut.
+      states: (output path, leaf path) pairs of outputs that are the next value of leaves.
       analysis: the coupling analysis behind it all.
       unit_of_class: unit per class of the analysis, or -1.
       component_of: maps a leaf path to its component's name.
+      limits: what a user demands of the groups, beside what the model does.
     """
 
     groups: tuple[Group, ...]
@@ -96,9 +113,11 @@ class Groups:
     unread: tuple[str, ...]
     guarded: tuple[np.ndarray, ...]
     released: tuple[str, ...]
+    states: tuple[tuple[str, str], ...]
     analysis: Analysis
     unit_of_class: np.ndarray
     component_of: Callable[[str], str]
+    limits: Limits | None = None
 
     @property
     def units(self) -> int:
@@ -117,12 +136,34 @@ class Groups:
 
     @property
     def floors(self) -> np.ndarray:
-        """The fewest units that may stay per group: one, or one per guarded set that it answers for."""
+        """The fewest units that may stay per group, shape (groups,).
+
+        One, or one per guarded set that the group answers for, or what is demanded.
+        """
         floors = np.minimum(self.sizes, 1)
         answers = np.bincount(
             [self.group_of_unit[units[0]] for units in self.guarded] or [0], minlength=len(floors)
         )
-        return np.maximum(floors, answers if self.guarded else 0)
+        floors = np.maximum(floors, answers if self.guarded else 0)
+        if self.limits is not None:
+            floors = np.maximum(floors, self.limits.least)
+        return np.minimum(-(-floors // self.steps) * self.steps, self.sizes)
+
+    @property
+    def ceilings(self) -> np.ndarray:
+        """The most units that may stay per group, shape (groups,)."""
+        if self.limits is None:
+            return self.sizes
+        return self.below(self.limits.most)
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Kept counts are multiples of this, or the whole group; shape (groups,)."""
+        return np.ones_like(self.sizes) if self.limits is None else self.limits.step
+
+    def below(self, counts: np.ndarray) -> np.ndarray:
+        """The largest allowed counts that are not above the given ones."""
+        return np.where(counts >= self.sizes, self.sizes, counts // self.steps * self.steps)
 
     @property
     def components(self) -> tuple[str, ...]:

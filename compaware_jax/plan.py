@@ -26,12 +26,14 @@ class Plan:
       kept: per leaf and axis the kept indices, ascending, or None where the axis stays whole.
       counts: per group its name, the units kept and the units there were.
       released: tree paths of outputs that come out cut.
+      states: (output path, leaf path) pairs of outputs that are the next value of leaves.
     """
 
     leaves: tuple[Leaf, ...]
     kept: tuple[tuple[Indices | None, ...], ...]
     counts: tuple[tuple[str, int, int], ...]
     released: tuple[str, ...] = ()
+    states: tuple[tuple[str, str], ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -58,6 +60,7 @@ class Plan:
                 "fingerprint": self.fingerprint,
                 "counts": [list(count) for count in self.counts],
                 "released": self.released,
+                "states": [list(pair) for pair in self.states],
                 "leaves": [
                     {"path": leaf.path, "shape": leaf.shape, "dtype": leaf.dtype, "kept": kept}
                     for leaf, kept in zip(self.leaves, self.kept, strict=True)
@@ -84,13 +87,14 @@ class Plan:
             )
             counts = tuple((str(n), int(k), int(u)) for n, k, u in data["counts"])
             released = tuple(map(str, data["released"]))
+            states = tuple((str(output), str(leaf)) for output, leaf in data.get("states", ()))
             stated = data["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(
                 f"Plan.from_json: not a plan ({type(error).__name__}: {error}). Expected the text that "
                 "Plan.to_json writes."
             ) from error
-        plan = cls(leaves, kept, counts, released)
+        plan = cls(leaves, kept, counts, released, states)
         if plan.fingerprint != stated:
             raise PlanError(
                 f"Plan.from_json: the leaves hash to {plan.fingerprint}, the plan states {stated}. The "
@@ -167,4 +171,4 @@ def plan_units(groups: Groups, keep: Any) -> Plan:
         for axes in groups.units_of
     )
     counts = tuple((g.name, int(keep[g.slice].sum()), g.units) for g in groups.groups)
-    return Plan(groups.leaves, kept, counts, groups.released)
+    return Plan(groups.leaves, kept, counts, groups.released, groups.states)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from compaware_jax.errors import UnknownPrimitiveError
-from compaware_jax.factors import Factor, Factors, Ledger, Solution, Tracked
+from compaware_jax.factors import Factor, Factors, Ledger, Solution, Tracked, combine
 from compaware_jax.rules import REGIONS, RULES, Kept
 from compaware_jax.trace import Block, Equation, Program, flatten
 
@@ -87,12 +87,19 @@ def _varies(labels: np.ndarray, position: int) -> bool:
     return bool((labels != np.take(labels, [0], axis=position)).any())
 
 
-def analyse(program: Program, *, released: Sequence[int] = (), strict: bool = False) -> Analysis:
+def analyse(
+    program: Program,
+    *,
+    released: Sequence[int] = (),
+    states: Sequence[tuple[int, int]] = (),
+    strict: bool = False,
+) -> Analysis:
     """Find what leaves together in a traced function.
 
     Args:
       program: the traced function; its leaves get atoms, its other inputs are fixed.
       released: positions of outputs whose axes may be cut; all others are fixed.
+      states: (output position, leaf position) pairs: the output is the leaf's next value, cut as it is.
       strict: raise at a primitive without a rule instead of fixing what reaches it.
 
     Raises:
@@ -105,8 +112,12 @@ def analyse(program: Program, *, released: Sequence[int] = (), strict: bool = Fa
         inputs.append(_data(ledger, avals[value].shape, f"data input `{name}`"))
     propagation = _Propagation(ledger, program.constants, strict)
     outputs = propagation.block(program.block, inputs)
+    leaf_of = dict(states)
     for position, (path, output) in enumerate(zip(program.output_paths, outputs, strict=True)):
-        if position not in released:
+        if position in leaf_of:
+            leaf = propagation.values[program.leaf_values[leaf_of[position]]]
+            combine(ledger, [leaf.factors, output.factors])
+        elif position not in released:
             for factor in output.factors:
                 ledger.fix(factor.ids, f"output `{path}`" if path else "output of the function")
     return propagation.close(program)

@@ -66,7 +66,7 @@ def round_counts(
       BudgetError: the floors cost more than the limit.
     """
     units = cost.units
-    floor = cost.least if floor is None else np.clip(floor, cost.least, units)
+    floor = cost.least if floor is None else np.clip(floor, cost.least, cost.most)
     if not np.isfinite(coefficients).all():
         raise BudgetError(
             f"round_counts: coefficients are {coefficients}, expected finite shares. The search diverged; "
@@ -80,7 +80,7 @@ def round_counts(
         )
 
     def scaled(factor: float) -> np.ndarray:
-        return np.clip(np.floor(factor * share + 0.5), floor, units).astype(int)
+        return _allowed(cost, np.clip(np.floor(factor * share + 0.5), floor, cost.most).astype(int), floor)
 
     low, high = 0.0, float(np.max(units / np.maximum(share, 1e-9))) + 1.0
     for _ in range(100):
@@ -89,25 +89,47 @@ def round_counts(
     return _fill(cost, scaled(low), low * share, limit, floor)
 
 
-def _fill(cost: Cost, counts: np.ndarray, wanted: np.ndarray, limit: int, floor: np.ndarray) -> np.ndarray:
-    one = np.eye(len(counts), dtype=int)
+def _allowed(cost: Cost, counts: np.ndarray, floor: np.ndarray) -> np.ndarray:
+    """Counts rounded down to multiples of the steps, where they are not whole groups."""
+    multiples = np.where(counts >= cost.units, cost.units, counts // cost.step * cost.step)
+    return np.maximum(multiples, floor)
 
-    def fits(step: np.ndarray) -> bool:
-        new = counts + step
-        inside = (new >= floor).all() and (new <= cost.units).all()
+
+# Exchanges are tried between the groups whose units are cheapest: they fill what is left best.
+_EXCHANGED = 40
+
+
+def _fill(cost: Cost, counts: np.ndarray, wanted: np.ndarray, limit: int, floor: np.ndarray) -> np.ndarray:
+    groups = range(len(counts))
+
+    def up(counts: np.ndarray, g: int) -> np.ndarray:
+        new = counts.copy()
+        new[g] = min(counts[g] + cost.step[g], cost.units[g])
+        return new
+
+    def down(counts: np.ndarray, g: int) -> np.ndarray:
+        new = counts.copy()
+        new[g] = (counts[g] - 1) // cost.step[g] * cost.step[g]
+        return new
+
+    def fits(new: np.ndarray) -> bool:
+        inside = (new >= floor).all() and (new <= cost.most).all()
         return bool(inside and cost.exact(counts) < cost.exact(new) <= limit)
 
-    # Single units first, where the rounding took most; then exchanges that spend more of the limit.
-    exchanges = [one[a] - one[b] for a in range(len(one)) for b in range(len(one)) if a != b]
+    # Single steps first, where the rounding took most; then exchanges that spend more of the limit.
+    price = [cost.exact(up(counts, g)) - cost.exact(counts) for g in groups]
+    cheap = np.argsort(price)[:_EXCHANGED].tolist()
     while True:
-        single = [g for g in range(len(one)) if fits(one[g])]
+        single = [g for g in groups if fits(up(counts, g))]
         if single:
-            counts = counts + one[max(single, key=lambda g: (wanted[g] - counts[g]) / cost.units[g])]
+            counts = up(counts, max(single, key=lambda g: (wanted[g] - counts[g]) / cost.units[g]))
             continue
-        better = [step for step in exchanges if fits(step)]
-        if not better or cost.exact(counts) >= 0.999 * limit:
+        if cost.exact(counts) >= 0.999 * limit:
             return counts
-        counts = counts + max(better, key=lambda step: cost.exact(counts + step))
+        better = [new for a in cheap for b in cheap if a != b and fits(new := down(up(counts, a), b))]
+        if not better:
+            return counts
+        counts = max(better, key=cost.exact)
 
 
 def uniform_counts(cost: Cost, limit: int, *, whole: Sequence[int] = ()) -> Int[np.ndarray, " groups"]:
@@ -122,5 +144,5 @@ def uniform_counts(cost: Cost, limit: int, *, whole: Sequence[int] = ()) -> Int[
       Counts, shape (groups,).
     """
     floor = cost.least.copy()
-    floor[list(whole)] = cost.units[list(whole)]
+    floor[list(whole)] = cost.most[list(whole)]
     return round_counts(cost, np.ones(len(floor)), limit, floor=floor)

@@ -13,6 +13,7 @@ from compaware_jax.errors import PlanError
 from compaware_jax.groups import COLLECTIONS
 from compaware_jax.plan import Plan
 from compaware_jax.propagate import Analysis, analyse
+from compaware_jax.rules.families import take
 from compaware_jax.slimming import run_small, scatter
 from compaware_jax.trace import named_leaves, trace
 
@@ -175,13 +176,18 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
         )
         if key not in analyses:
             program = trace(apply, full, *args, **kwargs)
-            paths = program.output_paths
-            chosen = [i for i, path in enumerate(paths) if path in (*released, *plan.released)]
-            analysis = analyse(program, released=chosen)
+            chosen = program.positions((*released, *plan.released))
+            analysis = analyse(program, released=chosen, states=program.states(plan.states))
             analyses[key] = (analysis, _alive(analysis, plan))
         analysis, alive = analyses[key]
         outputs, _ = run_small(analysis, alive, [jnp.asarray(x) for x in (*small_leaves, *rest)])
-        return jax.tree.unflatten(analysis.program.output_tree, outputs)
+        program = analysis.program
+        for position, leaf in program.states(plan.states):
+            have = analysis.kept(program.block.outputs[position], alive)
+            want = analysis.kept(program.leaf_values[leaf], alive)
+            missing = [w if h is None else None for h, w in zip(have, want, strict=True)]
+            outputs[position] = take(outputs[position], missing)
+        return jax.tree.unflatten(program.output_tree, outputs)
 
     return small_apply
 

@@ -132,6 +132,34 @@ class Program:
         """Value ids of the other inputs."""
         return self.block.inputs[len(self.leaves) :]
 
+    def positions(self, paths: Sequence[str]) -> list[int]:
+        """Positions of the outputs with these tree paths; others are passed over."""
+        return [i for i, path in enumerate(self.output_paths) if path in paths]
+
+    def states(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+        """Which outputs are the next value of which leaf.
+
+        Args:
+          pairs: (output path, leaf path); sub-trees stand for all that is in them.
+
+        Returns:
+          (output position, leaf position) for every output under one of the paths whose leaf exists.
+        """
+        leaf_at = {path: i for i, path in enumerate(self.leaves)}
+        found = []
+        for position, path in enumerate(self.output_paths):
+            for output, leaf in pairs:
+                if _under(path, output):
+                    name = "/".join(part for part in (leaf, path[len(output) :].strip("/")) if part)
+                    if name in leaf_at:
+                        found.append((position, leaf_at[name]))
+                    break
+        return found
+
+
+def _under(path: str, prefix: str) -> bool:
+    return not prefix or path == prefix or path.startswith(f"{prefix}/")
+
 
 def _shape(var: Any) -> tuple[int, ...]:
     return tuple(var.aval.shape)

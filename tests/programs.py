@@ -184,6 +184,11 @@ def _conv(d: _Drawing) -> None:
 def _grouped_conv(d: _Drawing) -> None:
     c = d.shape[-1]
     groups = int(d.choice([g for g in range(1, c + 1) if c % g == 0]))
+    if d.rng.random() < 0.3:
+        # Few wide groups: positions leave, not groups.
+        w = d.leaf(c, 8)
+        d.add(lambda v, x: x @ v[w])
+        c, groups = 8, 2
     k = d.leaf(3, 3, c // groups, groups * int(d.rng.integers(1, 3)))
     dims = ("NHWC", "HWIO", "NHWC")
     d.add(

@@ -128,6 +128,16 @@ def _couple_conv(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> li
     elif groups == 1:
         if feature is not None and kernel_in is not None:
             ledger.equate(feature.ids, kernel_in.ids)
+    elif _by_position(eqn):
+        # The same positions leave every feature group; inputs and outputs are free of each other.
+        if feature is not None:
+            positions = ledger.fresh(1, lhs.shape[lhs_feature] // groups)
+            ledger.equate(feature.ids.reshape(groups, -1), positions)
+            if kernel_in is not None:
+                ledger.equate(kernel_in.ids, positions[0])
+        if kernel_out is not None:
+            same = ledger.fresh(1, out_shape[out_feature] // groups)
+            ledger.equate(kernel_out.ids.reshape(groups, -1), same)
     else:
         # A feature group leaves whole: its inputs, its filters and its outputs.
         if kernel_in is not None:
@@ -150,6 +160,13 @@ def _couple_conv(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> li
     return [Tracked(out_shape, tuple(factors))]
 
 
+def _by_position(eqn: Equation) -> bool:
+    """Whether a grouped convolution leaves more units by position in a group than by whole groups."""
+    groups = eqn.params["feature_group_count"]
+    inputs_per_group = eqn.in_shapes[1][eqn.params["dimension_numbers"].rhs_spec[1]]
+    return inputs_per_group > groups > 1
+
+
 def _slim_conv(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
     lhs, rhs = operands
     spec, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
@@ -159,6 +176,22 @@ def _slim_conv(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -
             return None
         a, b = lhs.kept[lhs_feature], rhs.kept[rhs_in]
         return bind(eqn, _intersect([lhs.array, rhs.array], a, lhs_feature, b, rhs_in))
+    if _by_position(eqn):
+        if not _vanishes(lhs, lhs_feature, rhs, rhs_in):
+            return None
+        per_group, feature = eqn.in_shapes[1][rhs_in], lhs.kept[lhs_feature]
+        inside = None if feature is None else feature[feature < per_group]
+        # A whole image under a cut kernel: the kernel's positions, in every group.
+        spread = None
+        if (positions := rhs.kept[rhs_in]) is not None:
+            spread = (np.arange(groups)[:, None] * per_group + positions).ravel()
+        return bind(
+            eqn,
+            [
+                _take_axis(lhs.array, lhs_feature, spread if feature is None else None),
+                _take_axis(rhs.array, rhs_in, inside if positions is None else None),
+            ],
+        )
     filters = kept[0][spec.out_spec[1]]
     if filters is None:
         return bind(eqn, [lhs.array, rhs.array])

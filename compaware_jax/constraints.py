@@ -1,0 +1,184 @@
+"""What a user demands of groups: whole ones, floors, ceilings, widths that hardware likes, ties and splits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from compaware_jax.errors import BudgetError
+from compaware_jax.groups import Group, Groups, Limits
+
+Amount = int | float
+
+
+def constrain(
+    groups: Groups,
+    *,
+    whole: str | Sequence[str] = (),
+    floor: Mapping[str, Amount] | Amount = 0,
+    ceiling: Mapping[str, Amount] | None = None,
+    multiple_of: Mapping[str, int] | int = 1,
+    together: Sequence[tuple[str, str]] = (),
+    apart: Mapping[str, int] | None = None,
+) -> Groups:
+    """Groups under further demands; every search and selection keeps to them.
+
+    Patterns are shell patterns (``*``, ``?``, ``[…]``). One matches a group by its name, by a component
+    that it reaches into, or by the path of a leaf that its units span. Where several match, the last
+    wins.
+
+    Args:
+      groups: what can leave.
+      whole: patterns of groups that stay whole.
+      floor: least kept units: an int, or a float for a share of the group; one for all, or by pattern.
+      ceiling: most kept units, by pattern, likewise.
+      multiple_of: kept sizes of all axes that a group cuts are multiples of this, e.g. 8 for tensor
+        cores; one for all, or by pattern. A group may also stay whole.
+      together: pairs of group names whose units leave index by index, as one group.
+      apart: group name to a number of parts: consecutive units that get a coefficient of their own.
+
+    Returns:
+      New `Groups`.
+
+    Raises:
+      BudgetError: a pattern matches no group, a number is out of range, groups forced together differ in
+        size, or a floor is above its ceiling.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import compaware_jax as ca
+      >>> def net(v, x):
+      ...     return jnp.tanh(x @ v["a"]) @ v["b"]
+      >>> groups = ca.find_groups(net, {"a": jnp.ones((3, 64)), "b": jnp.ones((64, 2))}, jnp.ones((1, 3)))
+      >>> ca.constrain(groups, floor={"a": 0.2}, multiple_of=8).floors
+      array([16])
+    """
+    for pair in together:
+        groups = _tied(groups, *pair)
+    for name, parts in (apart or {}).items():
+        groups = _split(groups, name, parts)
+    sizes, number = groups.sizes, len(groups.groups)
+    least, most, step = np.zeros(number, int), sizes.copy(), np.ones(number, int)
+    for g, amount in _by_group(groups, floor, "floor"):
+        least[g] = math.ceil(_units(amount, int(sizes[g]), "floor") - 1e-9)
+    for g, amount in _by_group(groups, ceiling or {}, "ceiling"):
+        most[g] = math.floor(_units(amount, int(sizes[g]), "ceiling") + 1e-9)
+    for g, multiple in _by_group(groups, multiple_of, "multiple_of"):
+        if not isinstance(multiple, int) or multiple < 1:
+            raise BudgetError(f"constrain: multiple_of={multiple!r}, expected a whole number of at least 1.")
+        held = math.gcd(multiple, *(times for _, _, times in groups.groups[g].axes))
+        step[g] = multiple // held
+    for pattern in (whole,) if isinstance(whole, str) else whole:
+        least[_matching(groups, pattern, "whole")] = sizes[_matching(groups, pattern, "whole")]
+    result = replace(groups, limits=Limits(least, most, step))
+    for group, low, high in zip(groups.groups, result.floors, result.ceilings, strict=True):
+        if low > high:
+            raise BudgetError(
+                f"constrain: the group `{group.name}` ({group.units} units) would have to keep at least "
+                f"{low} and at most {high}. Lower its floor or raise its ceiling; with multiple_of, both "
+                "are rounded to multiples."
+            )
+    return result
+
+
+def _units(amount: Amount, size: int, what: str) -> float:
+    if isinstance(amount, bool) or amount < 0 or (isinstance(amount, float) and amount > 1):
+        raise BudgetError(
+            f"constrain: {what}={amount!r}, expected a number of units (int) or a share in [0, 1] (float)."
+        )
+    return min(float(amount) if isinstance(amount, int) else amount * size, size)
+
+
+def _by_group(groups: Groups, demand: Any, what: str) -> list[tuple[int, Any]]:
+    if not isinstance(demand, Mapping):
+        return [(g, demand) for g in range(len(groups.groups))]
+    return [(g, value) for pattern, value in demand.items() for g in _matching(groups, pattern, what)]
+
+
+def _matching(groups: Groups, pattern: str, what: str) -> list[int]:
+    found = [
+        g
+        for g, group in enumerate(groups.groups)
+        if any(
+            fnmatchcase(text, pattern)
+            for text in (group.name, *group.components, *(path for path, _, _ in group.axes))
+        )
+    ]
+    if not found:
+        raise BudgetError(
+            f"constrain: {what} names {pattern!r}, which matches no group. The groups are "
+            f"{[group.name for group in groups.groups][:12]}; patterns may also match components and leaf "
+            "paths."
+        )
+    return found
+
+
+def _named(groups: Groups, name: str) -> int:
+    names = [group.name for group in groups.groups]
+    if name not in names:
+        raise BudgetError(f"constrain: {name!r} is no group. The groups are {names[:12]}.")
+    return names.index(name)
+
+
+def _tied(groups: Groups, first: str, second: str) -> Groups:
+    """The units of the second group join those of the first, index by index."""
+    a, b = (groups.groups[_named(groups, name)] for name in (first, second))
+    if a.name == b.name or a.units != b.units:
+        raise BudgetError(
+            f"constrain: `{a.name}` ({a.units} units) and `{b.name}` ({b.units} units) cannot be forced "
+            "together. Expected two groups with as many units."
+        )
+    merged = replace(
+        a,
+        axes=a.axes + b.axes,
+        components=tuple(dict.fromkeys(a.components + b.components)),
+        parameters=a.parameters + b.parameters,
+    )
+    listed = [merged if group is a else group for group in groups.groups if group is not b]
+    number = np.arange(groups.units)
+    number[b.slice] = number[a.slice]
+    return _renumbered(groups, listed, number)
+
+
+def _split(groups: Groups, name: str, parts: int) -> Groups:
+    position = _named(groups, name)
+    group = groups.groups[position]
+    if not 2 <= parts <= group.units:
+        raise BudgetError(
+            f"constrain: `{name}` ({group.units} units) cannot be split into {parts} parts. Expected a "
+            f"number from 2 to {group.units}."
+        )
+    edges = np.linspace(0, group.units, parts + 1).round().astype(int)
+    pieces = [
+        replace(group, name=f"{name}/{i}", units=int(high - low), offset=int(group.offset + low))
+        for i, (low, high) in enumerate(zip(edges, edges[1:], strict=False))
+    ]
+    listed = [*groups.groups[:position], *pieces, *groups.groups[position + 1 :]]
+    return _renumbered(groups, listed, np.arange(groups.units))
+
+
+def _renumbered(groups: Groups, listed: list[Group], alias: np.ndarray) -> Groups:
+    """Number units anew, in the order of `listed`; `alias` maps each unit to the one it is now."""
+    new = np.full(groups.units + 1, -1)
+    offset, placed = 0, []
+    for group in listed:
+        new[group.slice] = np.arange(offset, offset + group.units)
+        placed.append(replace(group, offset=offset))
+        offset += group.units
+    new[:-1] = new[alias]
+
+    def moved(units: np.ndarray) -> np.ndarray:
+        return new[units]
+
+    return replace(
+        groups,
+        groups=tuple(placed),
+        units_of=tuple(tuple(moved(units) for units in axes) for axes in groups.units_of),
+        guarded=tuple(np.unique(moved(units)) for units in groups.guarded),
+        unit_of_class=moved(groups.unit_of_class),
+    )
