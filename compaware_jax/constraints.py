@@ -1,9 +1,10 @@
-"""What a user demands of groups: whole ones, floors, ceilings, widths that hardware likes, ties and splits."""
+"""What a user demands of groups: whole ones, floors, ceilings, handy widths, ties and splits."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -28,9 +29,9 @@ def constrain(
 ) -> Groups:
     """Groups under further demands; every search and selection keeps to them.
 
-    Patterns are shell patterns (``*``, ``?``, ``[…]``). One matches a group by its name, by a component
-    that it reaches into, or by the path of a leaf that its units span. Where several match, the last
-    wins.
+    Patterns are shell patterns (``*``, ``?``, ``[…]``) of group names; where none fits, of the component
+    that produces a group; where none fits, of the paths of leaves that its units span. Where several
+    demands reach a group, the last wins.
 
     Args:
       groups: what can leave.
@@ -101,19 +102,23 @@ def _by_group(groups: Groups, demand: Any, what: str) -> list[tuple[int, Any]]:
 
 
 def _matching(groups: Groups, pattern: str, what: str) -> list[int]:
-    found = [
-        g
-        for g, group in enumerate(groups.groups)
-        if any(
-            fnmatchcase(text, pattern)
-            for text in (group.name, *group.components, *(path for path, _, _ in group.axes))
-        )
-    ]
+    readings: tuple[Callable[[Group], Sequence[str]], ...] = (
+        lambda group: (group.name,),
+        lambda group: group.components[:1],
+        lambda group: [path for path, _, _ in group.axes],
+    )
+    found: list[int] = []
+    for reading in readings:
+        found = found or [
+            g
+            for g, group in enumerate(groups.groups)
+            if any(fnmatchcase(text, pattern) for text in reading(group))
+        ]
     if not found:
         raise BudgetError(
             f"constrain: {what} names {pattern!r}, which matches no group. The groups are "
-            f"{[group.name for group in groups.groups][:12]}; patterns may also match components and leaf "
-            "paths."
+            f"{[group.name for group in groups.groups][:12]}; patterns may also be of components and "
+            "leaf paths."
         )
     return found
 
@@ -156,7 +161,7 @@ def _split(groups: Groups, name: str, parts: int) -> Groups:
     edges = np.linspace(0, group.units, parts + 1).round().astype(int)
     pieces = [
         replace(group, name=f"{name}/{i}", units=int(high - low), offset=int(group.offset + low))
-        for i, (low, high) in enumerate(zip(edges, edges[1:], strict=False))
+        for i, (low, high) in enumerate(itertools.pairwise(edges))
     ]
     listed = [*groups.groups[:position], *pieces, *groups.groups[position + 1 :]]
     return _renumbered(groups, listed, np.arange(groups.units))

@@ -32,7 +32,7 @@ class Factor:
 
     def moved(self, axis_map: dict[int, int]) -> Factor:
         """The same factor with its axes renamed (and the array transposed to keep them ascending)."""
-        axes = tuple(axis_map[a] for a in self.axes)
+        axes = tuple(int(axis_map[a]) for a in self.axes)
         order = np.argsort(axes)
         return Factor(tuple(axes[i] for i in order), self.ids.transpose(order), self.zero)
 

@@ -167,6 +167,16 @@ def work_of(program: Program) -> list[Work]:
     return list(walk(program.block, 1))
 
 
+def flops_of(eqn: Equation) -> int:
+    """FLOPs of one equation at full width: two per multiply-add of contractions, else one per element."""
+    rule = RULES.get(eqn.primitive)
+    if rule is not None and rule.work is not None:
+        shapes = dict(zip((*eqn.inputs, *eqn.outputs), (*eqn.in_shapes, *eqn.out_shapes), strict=True))
+        return 2 * int(np.prod([shapes[value][axis] for value, axis in rule.work(eqn)]))
+    inside = sum(flops_of(inner) for body in eqn.bodies for inner in body.equations)
+    return max((int(np.prod(shape)) for shape in (*eqn.in_shapes, *eqn.out_shapes)), default=0) + inside
+
+
 def _leaf(ledger: Ledger, shape: tuple[int, ...]) -> Tracked:
     # Size-1 axes are never tracked: a learned scale of shape (1,) would unite everything.
     return Tracked(shape, tuple(Factor((a,), ledger.fresh(n), True) for a, n in enumerate(shape) if n > 1))

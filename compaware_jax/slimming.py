@@ -31,7 +31,7 @@ class _OutOfReachError(Exception):
 
 def run_small(
     analysis: Analysis, alive: np.ndarray, inputs: Sequence[jax.Array]
-) -> tuple[list[jax.Array], list[str]]:
+) -> tuple[list[jax.Array], FullWidth]:
     """Run an analysed program on inputs cut to the living classes.
 
     Args:
@@ -40,11 +40,24 @@ def run_small(
       inputs: one array per input of the program, cut along the axes where classes died.
 
     Returns:
-      The outputs, cut likewise, and where equations ran un-cut.
+      The outputs, cut likewise, and what ran at full width.
     """
     run = _Run(analysis, alive)
     outputs = run.block(analysis.program.block, inputs)
-    return outputs, run.uncut
+    return outputs, run.record
+
+
+@dataclass(eq=False)
+class FullWidth:
+    """What ran at full width: equations that had to, and equations run again to feed them.
+
+    Attributes:
+      uncut: equations that cannot run small exactly.
+      again: equations run again to rebuild an operand of those.
+    """
+
+    uncut: dict[Equation, None] = field(default_factory=dict)
+    again: dict[Equation, None] = field(default_factory=dict)
 
 
 class _InseparableError(Exception):
@@ -59,7 +72,7 @@ class _Run:
     small: dict[int, Any] = field(default_factory=dict)
     full: dict[int, Any] = field(default_factory=dict)
     producers: dict[int, Equation] = field(default_factory=dict)
-    uncut: list[str] = field(default_factory=list)
+    record: FullWidth = field(default_factory=FullWidth)
 
     def block(self, block: Block, inputs: Sequence[jax.Array]) -> list[jax.Array]:
         self.small.update(zip(block.inputs, inputs, strict=True))
@@ -68,7 +81,7 @@ class _Run:
             kept = [self.kept(v) for v in eqn.outputs]
             results = self.equation(eqn, kept)
             if results is None:
-                self.uncut.append(eqn.where)
+                self.record.uncut[eqn] = None
                 results = [take(self.whole(v), index) for v, index in zip(eqn.outputs, kept, strict=True)]
             self.small.update(zip(eqn.outputs, results, strict=True))
         return [self.read(v) for v in block.outputs]
@@ -109,13 +122,14 @@ class _Run:
 
     def region(self, eqn: Equation, operands: list[Small], kept: list[Kept]) -> list[jax.Array] | None:
         """A loop or branch: its bodies run small, or all of it un-cut."""
-        uncut: dict[str, None] = {}
+        record = FullWidth()
 
         def run(body: Block, arrays: Sequence[jax.Array], targets: Sequence[Kept]) -> list[jax.Array]:
             # A scope of its own: a body is traced apart, and its values are not those of another trace.
             inner = _Run(self.analysis, self.alive, nested=self.nested)
             results = inner.block(body, arrays)
-            uncut.update(dict.fromkeys(inner.uncut))
+            record.uncut.update(inner.record.uncut)
+            record.again.update(inner.record.again)
             return [
                 take(result, [want if have is None else None for have, want in zip(got, target, strict=True)])
                 for result, got, target in zip(
@@ -127,7 +141,8 @@ class _Run:
             results = REGIONS[eqn.primitive].slim(eqn, operands, kept, run)
         except _OutOfReachError:
             return None
-        self.uncut.extend(uncut)
+        self.record.uncut.update(record.uncut)
+        self.record.again.update(record.again)
         return results
 
     def whole(self, value: int) -> Any:
@@ -142,6 +157,7 @@ class _Run:
             self.full[value] = scatter(self.read(value), kept, shape)
         elif value in self.producers:
             eqn = self.producers[value]
+            self.record.again[eqn] = None
             results = eqn.run(*[self.whole(v) for v in eqn.inputs])
             self.full.update(zip(eqn.outputs, results, strict=True))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,9 +13,9 @@ import numpy as np
 from compaware_jax.errors import PlanError
 from compaware_jax.groups import COLLECTIONS
 from compaware_jax.plan import Plan
-from compaware_jax.propagate import Analysis, analyse
+from compaware_jax.propagate import Analysis, analyse, flops_of
 from compaware_jax.rules.families import take
-from compaware_jax.slimming import run_small, scatter
+from compaware_jax.slimming import FullWidth, run_small, scatter
 from compaware_jax.trace import named_leaves, trace
 
 
@@ -175,21 +176,85 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
             tuple(jax.typeof(x) for x in (*small_leaves, *rest)),
         )
         if key not in analyses:
-            program = trace(apply, full, *args, **kwargs)
-            chosen = program.positions((*released, *plan.released))
-            analysis = analyse(program, released=chosen, states=program.states(plan.states))
-            analyses[key] = (analysis, _alive(analysis, plan))
+            analyses[key] = _analysed(apply, full, plan, released, *args, **kwargs)
         analysis, alive = analyses[key]
-        outputs, _ = run_small(analysis, alive, [jnp.asarray(x) for x in (*small_leaves, *rest)])
-        program = analysis.program
-        for position, leaf in program.states(plan.states):
-            have = analysis.kept(program.block.outputs[position], alive)
-            want = analysis.kept(program.leaf_values[leaf], alive)
-            missing = [w if h is None else None for h, w in zip(have, want, strict=True)]
-            outputs[position] = take(outputs[position], missing)
-        return jax.tree.unflatten(program.output_tree, outputs)
+        outputs, _ = _run(analysis, alive, plan, [jnp.asarray(x) for x in (*small_leaves, *rest)])
+        return jax.tree.unflatten(analysis.program.output_tree, outputs)
 
     return small_apply
+
+
+def _analysed(
+    apply: Callable[..., Any], full: Any, plan: Plan, released: Sequence[str], *args: Any, **kwargs: Any
+) -> tuple[Analysis, np.ndarray]:
+    """The analysis of a function at these input shapes, and which of its classes the plan keeps."""
+    program = trace(apply, full, *args, **kwargs)
+    chosen = program.positions((*released, *plan.released))
+    analysis = analyse(program, released=chosen, states=program.states(plan.states))
+    return analysis, _alive(analysis, plan)
+
+
+def _run(
+    analysis: Analysis, alive: np.ndarray, plan: Plan, inputs: list[Any]
+) -> tuple[list[jax.Array], FullWidth]:
+    outputs, record = run_small(analysis, alive, inputs)
+    program = analysis.program
+    for position, leaf in program.states(plan.states):
+        have = analysis.kept(program.block.outputs[position], alive)
+        want = analysis.kept(program.leaf_values[leaf], alive)
+        missing = [w if h is None else None for h, w in zip(have, want, strict=True)]
+        outputs[position] = take(outputs[position], missing)
+    return outputs, record
+
+
+@dataclass(frozen=True)
+class Uncut:
+    """An equation that runs at full width in the small function.
+
+    Attributes:
+      where: primitive, module path and source line.
+      flops: its FLOPs at full width, one per element where it is no contraction.
+      again: whether it only runs to rebuild an operand of another one.
+    """
+
+    where: str
+    flops: int
+    again: bool
+
+
+def uncut(
+    apply: Callable[..., Any], plan: Plan, variables: Any, *args: Any, **kwargs: Any
+) -> tuple[Uncut, ...]:
+    """What `slim` runs at full width, because running it small would not be exact.
+
+    Args:
+      apply: the function that the groups were found for.
+      plan: what is kept.
+      variables: the full variables; arrays or `jax.ShapeDtypeStruct`.
+      *args: example inputs; only shapes and dtypes are used.
+      **kwargs: further example inputs, by name.
+
+    Returns:
+      The equations, in program order.
+    """
+    analysis, alive = _analysed(apply, variables, plan, (), *args, **kwargs)
+    leaves = [
+        jax.ShapeDtypeStruct(plan.small_shape(i), jax.dtypes.result_type(leaf))
+        for i, leaf in enumerate(jax.tree.leaves(variables))
+    ]
+    record = FullWidth()
+
+    def run(*inputs: jax.Array) -> list[jax.Array]:
+        nonlocal record
+        outputs, record = _run(analysis, alive, plan, list(inputs))
+        return outputs
+
+    jax.eval_shape(run, *leaves, *jax.tree.leaves((args, kwargs)))
+    again = [eqn for eqn in record.again if eqn not in record.uncut]
+    return tuple(
+        [Uncut(eqn.where, flops_of(eqn), False) for eqn in record.uncut]
+        + [Uncut(eqn.where, flops_of(eqn), True) for eqn in again]
+    )
 
 
 def _check_small(small_variables: Any, plan: Plan) -> None:

@@ -8,11 +8,11 @@ import pytest
 import compaware_jax as ca
 from compaware_jax.cost import COSTS
 from compaware_jax.errors import BudgetError
+from compaware_jax.law import random_keep
 from compaware_jax.masks import group_counts
 from compaware_jax.models import autoencoder
 from compaware_jax.propagate import work_of
 from compaware_jax.trace import flatten
-from tests.law import random_keep
 from tests.models import MODELS
 
 

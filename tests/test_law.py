@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import compaware_jax as ca
+from compaware_jax.law import distance, law_errors, random_keep
 from compaware_jax.models import autoencoder
-from tests.law import distance, law_errors, random_keep
 from tests.models import MODELS
 from tests.programs import random_program
 

@@ -8,8 +8,11 @@ loss, ``jax.vmap(slimmed(model, plan))(batch)``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
+
+import jax
 
 try:
     import equinox as eqx
@@ -26,7 +29,7 @@ from compaware_jax.surgery import shrink, slim
 
 
 def functional(
-    model: eqx.Module, state: eqx.nn.State | None = None, **static_kwargs: Any
+    model: Any, state: eqx.nn.State | None = None, **static_kwargs: Any
 ) -> tuple[Callable[..., Any], Any]:
     """A module as a pure function of its arrays.
 
@@ -39,7 +42,8 @@ def functional(
       The function ``apply(variables, *args, **kwargs)``, which gives what ``model(*args, **kwargs)`` gives,
       and the variables: the module with None in place of everything but floating-point arrays. With state,
       the variables are ``{"params": ..., "state": ...}`` and the function gives the output of
-      ``model(*args, state, **kwargs)`` without the new state.
+      ``model(*args, state, **kwargs)`` without the new state; the state has no gradient, so that `compress`
+      leaves it as it is.
 
     Raises:
       TraceError: the model is no Equinox module.
@@ -67,7 +71,8 @@ def functional(
 
     def apply_with_state(variables: Any, *args: Any, **kwargs: Any) -> Any:
         called = eqx.combine(variables["params"], rest)
-        output, _ = called(*args, eqx.combine(variables["state"], other), **static_kwargs, **kwargs)
+        still = eqx.combine(jax.lax.stop_gradient(variables["state"]), other)
+        output, _ = called(*args, still, **static_kwargs, **kwargs)
         return output
 
     return apply_with_state, {"params": params, "state": arrays}
@@ -99,7 +104,7 @@ class Slimmed(eqx.Module):
         return build(static, place, self.plan)(variables, *arrays)
 
 
-def slimmed(model: eqx.Module, plan: Plan, state: eqx.nn.State | None = None) -> Any:
+def slimmed(model: Any, plan: Plan, state: eqx.nn.State | None = None) -> Any:
     """A module that holds the small arrays and computes what `slim` computes.
 
     Args:
@@ -121,9 +126,7 @@ def slimmed(model: eqx.Module, plan: Plan, state: eqx.nn.State | None = None) ->
     return module if state is None else (module, small_state)
 
 
-def smaller(
-    model: eqx.Module, plan: Plan, *args: Any, state: eqx.nn.State | None = None, **kwargs: Any
-) -> Any:
+def smaller(model: Any, plan: Plan, *args: Any, state: eqx.nn.State | None = None, **kwargs: Any) -> Any:
     """A module of the same class with smaller arrays, which runs its own code on them.
 
     It is the same function as the slimmed one only where nothing in its code depends on the size of a cut
@@ -149,7 +152,7 @@ def smaller(
     if args or kwargs:
         inputs = args if state is None else (*args, small_state)
         expected = Slimmed(small, plan)(*inputs, **kwargs)
-        compare(lambda: small(*inputs, **kwargs), expected, None, "smaller", "slimmed")  # pyright: ignore[reportCallIssue]
+        compare(lambda: small(*inputs, **kwargs), expected, None, "smaller", "slimmed")
     return small if state is None else (small, small_state)
 
 
@@ -183,12 +186,11 @@ def _small_call(static: Static, place: int | None, plan: Plan) -> Callable[..., 
             args = (*args[:place], eqx.combine(variables["state"], args[place]), *args[place + 1 :])
         return eqx.combine(params, rest)(*args, **kwargs)
 
-    released = list(plan.released)
     if place is not None:
         # The call gives (output, new state), where the plan's function gives the output.
-        released = [f"0/{path}" if path else "0" for path in released]
-        released += [f"1/{leaf.path.removeprefix('state/')}" for leaf in plan.leaves]
-    return slim(call, plan, released=released)
+        released = tuple(f"0/{path}" if path else "0" for path in plan.released)
+        plan = replace(plan, released=released, states=(("1", "state"),))
+    return slim(call, plan)
 
 
 _cached = lru_cache(maxsize=64)(_small_call)

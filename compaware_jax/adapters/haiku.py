@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 try:
     import haiku as hk
 except ImportError as error:
@@ -12,11 +16,14 @@ except ImportError as error:
         "compaware_jax.adapters.haiku needs Haiku, which is not installed: pip install dm-haiku"
     ) from error
 
+from compaware_jax.adapters.rebuilt import check_rebuilt
 from compaware_jax.errors import TraceError
+
+__all__ = ["check_rebuilt", "functional", "params_and_state"]
 
 
 def functional(
-    transformed: hk.Transformed | hk.TransformedWithState,
+    transformed: Any,
     params: Any,
     state: Any = None,
     *,
@@ -32,12 +39,16 @@ def functional(
       state: the state, for `hk.transform_with_state`.
       rng: random key, closed over; needed only where the model draws random numbers.
       updates: whether the function returns (output, new state) instead of the output; with state only.
+        Find the groups on this function in training mode, with ``state_outputs={"1": "state"}``: a plan
+        then cuts all of the state. (hk.BatchNorm reads one part of it in training and another in
+        evaluation, and what a function never reads is not cut along.)
       **static_kwargs: keyword arguments of the call that are not arrays, e.g. ``is_training=False``.
 
     Returns:
       The function ``apply(variables, *args)`` and the variables: `params` as they are, or with state
-      ``{"params": params, "state": state}``. Shrunken variables are the parameters (and state) of the same
-      network built at the smaller widths.
+      ``{"params": params, "state": ...}``, where the counters of the state are closed over. Only the
+      parameters have a gradient, so that `compress` leaves running means as they are. Shrunken variables
+      are the parameters (and state, see `params_and_state`) of the network built at the smaller widths.
 
     Raises:
       TraceError: the model is no transformed function, or state is missing or given in vain.
@@ -63,10 +74,15 @@ def functional(
         with_state = transformed.apply
 
         def apply_with_state(variables: Any, *args: Any, **kwargs: Any) -> Any:
-            call = with_state(variables["params"], variables["state"], rng, *args, **static_kwargs, **kwargs)
-            return call if updates else call[0]
+            still = jax.lax.stop_gradient(variables["state"])
+            full = params_and_state({"params": variables["params"], "state": still}, state)
+            output, new = with_state(*full, rng, *args, **static_kwargs, **kwargs)
+            if not updates:
+                return output
+            # A state that is written but not read (an average, in training) is tied to its next value too.
+            return output, jax.tree.map(lambda o, n: jax.lax.select(True, n, o), still, _floating(new))
 
-        return apply_with_state, {"params": params, "state": state}
+        return apply_with_state, {"params": params, "state": _floating(state)}
     if not isinstance(transformed, hk.Transformed):
         raise TraceError(
             f"haiku.functional: got a {type(transformed).__name__}, expected what hk.transform or "
@@ -83,3 +99,26 @@ def functional(
         return plain(variables, rng, *args, **static_kwargs, **kwargs)
 
     return apply, params
+
+
+def params_and_state(variables: Any, state: Any) -> tuple[Any, Any]:
+    """Parameters and state for ``transformed.apply``, from variables with state.
+
+    Args:
+      variables: variables of `functional`, or what `shrink` or `compress` made of them.
+      state: the state that `functional` was given, whose counters are filled in.
+
+    Returns:
+      The parameters and the state.
+    """
+    full = jax.tree.map(
+        lambda part, whole: whole if part is None else part,
+        variables["state"],
+        state,
+        is_leaf=lambda x: x is None,
+    )
+    return variables["params"], full
+
+
+def _floating(state: Any) -> Any:
+    return jax.tree.map(lambda x: x if jnp.issubdtype(jax.dtypes.result_type(x), np.inexact) else None, state)

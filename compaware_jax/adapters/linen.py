@@ -13,15 +13,14 @@ from compaware_jax.adapters.rebuilt import check_rebuilt
 from compaware_jax.adapters.widths import leaf_number, surviving_blocks
 from compaware_jax.errors import PlanError, TraceError
 from compaware_jax.plan import Plan
-from compaware_jax.trace import named_leaves
 
-__all__ = ["check_rebuilt", "feature_counts", "functional", "update_paths"]
+__all__ = ["check_rebuilt", "feature_counts", "functional"]
 
 Widths = dict[str, Any]
 
 
 def functional(
-    module: nn.Module,
+    module: Any,
     variables: Any,
     *,
     method: Any = None,
@@ -37,12 +36,13 @@ def functional(
       method: the method to call, as in `module.apply`.
       rngs: random keys, closed over.
       mutable: collections that the function updates, as in `module.apply`; with any, it returns
-        (output, updates). Name these outputs in `released` (see `update_paths`), or they keep what
-        they are computed from at full width.
+        (output, updates). Pass ``state_outputs={"1": ""}`` to `find_groups`, or the updates keep what they
+        are computed from at full width.
       **static_kwargs: keyword arguments of the call that are not arrays, e.g. ``train=False``.
 
     Returns:
-      The function ``apply(variables, *args)`` and the variables as plain dicts.
+      The function ``apply(variables, *args)`` and the variables as plain dicts. Only "params" has a
+      gradient, so that `compress` leaves batch statistics as they are.
 
     Raises:
       TraceError: the module is no instance of a Linen module, or the variables have no collection "params".
@@ -67,30 +67,16 @@ def functional(
     variables = _checked(module, variables, "functional")
 
     def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        still = {name: x if name == "params" else jax.lax.stop_gradient(x) for name, x in variables.items()}
         return module.apply(
-            variables, *args, method=method, rngs=rngs, mutable=mutable, **static_kwargs, **kwargs
+            still, *args, method=method, rngs=rngs, mutable=mutable, **static_kwargs, **kwargs
         )
 
     return apply, variables
 
 
-def update_paths(apply: Callable[..., Any], variables: Any, *args: Any) -> tuple[str, ...]:
-    """Paths of the updates among the outputs of a function with mutable collections, for `released`.
-
-    Args:
-      apply: a function that returns (output, updates).
-      variables: the variables.
-      *args: example inputs.
-
-    Returns:
-      The tree paths, e.g. ``1/batch_stats/BatchNorm_0/mean``.
-    """
-    outputs = jax.eval_shape(apply, variables, *args)
-    return tuple(path for path, _ in named_leaves(outputs) if path.startswith("1/"))
-
-
 def feature_counts(
-    module: nn.Module, variables: Any, plan: Plan, *args: Any, method: Any = None, **kwargs: Any
+    module: Any, variables: Any, plan: Plan, *args: Any, method: Any = None, **kwargs: Any
 ) -> dict[str, Widths]:
     """The constructor arguments that rebuild a module at the widths of a plan.
 
@@ -119,7 +105,7 @@ def feature_counts(
     variables = _checked(module, variables, "feature_counts")
     layers: dict[str, nn.Module] = {}
 
-    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         layers.setdefault("/".join(context.module.path), context.module)
         return call(*args, **kwargs)
 

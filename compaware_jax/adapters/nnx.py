@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from compaware_jax.adapters.calls import Static, hashable, split_arrays
@@ -18,7 +21,7 @@ from compaware_jax.surgery import shrink, slim
 from compaware_jax.trace import named_leaves
 
 
-def functional(model: nnx.Module, **static_kwargs: Any) -> tuple[Callable[..., Any], dict[Any, Any]]:
+def functional(model: Any, **static_kwargs: Any) -> tuple[Callable[..., Any], dict[Any, Any]]:
     """A module as a pure function of its variables.
 
     Args:
@@ -27,8 +30,9 @@ def functional(model: nnx.Module, **static_kwargs: Any) -> tuple[Callable[..., A
 
     Returns:
       The function ``apply(variables, *args)``, which gives what ``model(*args)`` gives and forgets updates
-      of the state, and the variables: a nested dict of the arrays of all variables (Param, BatchStat, ...)
-      but the state of random number generators, which is closed over.
+      of the state, and the variables: a nested dict of the floating-point arrays of all variables (Param,
+      BatchStat, ...). Counters and the state of random number generators are closed over. Only Params have
+      a gradient, so that `compress` leaves batch statistics as they are.
 
     Raises:
       TraceError: the model is no NNX module.
@@ -46,10 +50,14 @@ def functional(model: nnx.Module, **static_kwargs: Any) -> tuple[Callable[..., A
       >>> small(jnp.ones((4, 3))).shape, small.model.layers[0].kernel.shape
       ((4, 2), (3, 5))
     """
-    graphdef, variables, rng = _split(model, "functional")
+    graphdef, variables, held = _split(model, "functional")
+    params = set(nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
 
     def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
-        return nnx.merge(graphdef, variables, rng)(*args, **static_kwargs, **kwargs)
+        flat = nnx.traversals.flatten_mapping(variables).items()
+        still = {path: x if path in params else jax.lax.stop_gradient(x) for path, x in flat}
+        called = nnx.merge(graphdef, nnx.traversals.unflatten_mapping(still), held)
+        return called(*args, **static_kwargs, **kwargs)
 
     return apply, variables
 
@@ -68,8 +76,8 @@ class Slimmed(nnx.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the slimmed function gives; updates of the state (BatchNorm, RNG) are written back."""
-        graphdef, variables, rng = _split(self.model, "Slimmed")
-        arrays, static = split_arrays((rng, args, kwargs))
+        graphdef, variables, held = _split(self.model, "Slimmed")
+        arrays, static = split_arrays((held, args, kwargs))
         build = _cached if hashable(graphdef, static) else _small_call
         output, changed = build(graphdef, static, self.plan)(variables, *arrays)
         # In evaluation nothing changes, and a module may then be called where it must not be changed.
@@ -78,7 +86,7 @@ class Slimmed(nnx.Module):
         return output
 
 
-def slimmed(model: nnx.Module, plan: Plan) -> Slimmed:
+def slimmed(model: Any, plan: Plan) -> Slimmed:
     """A module that holds the small arrays and computes what `slim` computes.
 
     Args:
@@ -97,7 +105,7 @@ def slimmed(model: nnx.Module, plan: Plan) -> Slimmed:
     return Slimmed(_with_small_arrays(model, plan, "slimmed"), plan)
 
 
-def smaller(model: nnx.Module, plan: Plan, *args: Any, **kwargs: Any) -> nnx.Module:
+def smaller(model: Any, plan: Plan, *args: Any, **kwargs: Any) -> Any:
     """A module of the same class with smaller arrays, which runs its own code on them.
 
     It is the same function as the slimmed one only where nothing in its code depends on the size of a cut
@@ -124,51 +132,56 @@ def smaller(model: nnx.Module, plan: Plan, *args: Any, **kwargs: Any) -> nnx.Mod
     if args or kwargs:
         expected = slimmed(model, plan)(*args, **kwargs)
         # A clone, because the check must not advance batch statistics.
-        compare(lambda: nnx.clone(small)(*args, **kwargs), expected, None, "smaller", "slimmed")  # pyright: ignore[reportCallIssue]
+        compare(lambda: nnx.clone(small)(*args, **kwargs), expected, None, "smaller", "slimmed")
     return small
 
 
-def _split(model: nnx.Module, caller: str) -> tuple[Any, dict[Any, Any], dict[Any, Any]]:
+def _split(model: Any, caller: str) -> tuple[Any, dict[Any, Any], dict[Any, Any]]:
     if not isinstance(model, nnx.Module):
         raise TraceError(
             f"nnx.{caller}: got {_described(model)}, expected an instance of flax.nnx.Module. For Linen, "
             "Haiku and Equinox see the adapters of these names."
         )
-    graphdef, rng, rest = nnx.split(model, nnx.RngState, ...)
-    return graphdef, nnx.to_pure_dict(rest), nnx.to_pure_dict(rng)
+    graphdef, held, rest = nnx.split(model, _is_held, ...)
+    return graphdef, nnx.to_pure_dict(rest), nnx.to_pure_dict(held)
+
+
+def _is_held(path: Any, variable: Any) -> bool:
+    """Whether a variable is no floating-point array: keys and counters."""
+    if isinstance(variable, nnx.Variable):
+        variable = variable.get_value()
+    return not jnp.issubdtype(jax.dtypes.result_type(variable), np.inexact)
 
 
 def _described(model: Any) -> str:
     return f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
 
 
-def _with_small_arrays(model: nnx.Module, plan: Plan, caller: str) -> nnx.Module:
-    graphdef, variables, rng = _split(model, caller)
-    # Copies, so that training the small module cannot touch generators of the full one.
-    return nnx.merge(graphdef, shrink(variables, plan), jax.tree.map(lambda x: x, rng))
+def _with_small_arrays(model: Any, plan: Plan, caller: str) -> Any:
+    graphdef, variables, held = _split(model, caller)
+    return nnx.merge(graphdef, shrink(variables, plan), held)
 
 
 def _small_call(graphdef: Any, static: Static, plan: Plan) -> Callable[..., Any]:
     """The slimmed call of a module: the output, and the variables that the call changed."""
 
     def call(variables: Any, *arrays: Any) -> tuple[Any, dict[Any, Any]]:
-        rng, args, kwargs = static.join(list(arrays))
-        model = nnx.merge(graphdef, variables, rng)
-        before = {id(leaf) for leaf in jax.tree.leaves((variables, rng))}
-        output = model(*args, **kwargs)  # pyright: ignore[reportCallIssue]
-        _, after, rng_after = _split(model, "Slimmed")
-        known = {path for tree in (variables, rng) for path, _ in named_leaves(tree)}
+        held, args, kwargs = static.join(list(arrays))
+        model = nnx.merge(graphdef, variables, held)
+        before = {id(leaf) for leaf in jax.tree.leaves((variables, held))}
+        output = model(*args, **kwargs)
+        _, after, held_after = _split(model, "Slimmed")
+        known = {path for tree in (variables, held) for path, _ in named_leaves(tree)}
         changed = {}
-        for tree in (after, rng_after):
+        for tree in (after, held_after):
             for path, leaf in nnx.traversals.flatten_mapping(tree).items():
                 # New variables, as of sow, have no place in the module's structure.
                 if id(leaf) not in before and "/".join(map(str, path)) in known:
                     changed[path] = leaf
         return output, nnx.traversals.unflatten_mapping(changed)
 
-    released = [f"1/{leaf.path}" for leaf in plan.leaves]
-    released += [f"0/{path}" if path else "0" for path in plan.released]
-    return slim(call, plan, released=released)
+    released = tuple(f"0/{path}" if path else "0" for path in plan.released)
+    return slim(call, replace(plan, released=released, states=(("1", ""),)))
 
 
 _cached = lru_cache(maxsize=64)(_small_call)

@@ -44,8 +44,8 @@ def check_rebuilt(
       PlanError: the rebuilt model does not run on the shrunken variables, or computes something else.
     """
     small = shrink(variables, plan)
-    expected = slim(apply, plan)(small, *args)
-    return compare(lambda: rebuilt_apply(small, *args), expected, tolerance, "check_rebuilt", "slim")
+    expected = jax.jit(slim(apply, plan))(small, *args)
+    return compare(lambda: jax.jit(rebuilt_apply)(small, *args), expected, tolerance, "check_rebuilt", "slim")
 
 
 def compare(
@@ -83,7 +83,7 @@ def compare(
     if tolerance is None:
         dtypes = [jax.dtypes.result_type(leaf) for leaf in jax.tree.leaves(expected)]
         eps = [float(jax.numpy.finfo(d).eps) for d in dtypes if jax.numpy.issubdtype(d, np.inexact)]
-        tolerance = 3 * max(eps, default=0.0) ** 0.5
+        tolerance = float(3 * np.sqrt(max(eps, default=0.0)))
     difference = relative_difference(got, expected)
     if not difference <= tolerance:
         raise PlanError(

@@ -203,7 +203,7 @@ register_rule(lax.tile_p, _couple_tile, _slim_tile)
 
 
 def _couple_concatenate(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
-    axis = eqn.params["dimension"]
+    axis = int(eqn.params["dimension"])
     along = [x.factor_of(axis) for x in inputs]
     spans = {f.axes for f in along if f is not None}
     span = spans.pop() if len(spans) == 1 else (axis,)

@@ -1,0 +1,108 @@
+"""The law of the library, measured: masked and slimmed are the same function, gradients included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compaware_jax.groups import Groups
+from compaware_jax.masks import apply_mask
+from compaware_jax.plan import plan_units
+from compaware_jax.surgery import shrink, slim
+
+
+def random_keep(groups: Groups, rng: np.random.Generator, share: float = 0.5) -> np.ndarray:
+    """Random units to keep: each with the given probability, one of each group and guarded set at least.
+
+    Args:
+      groups: what can leave.
+      rng: source of randomness.
+      share: probability with which a unit stays.
+
+    Returns:
+      Boolean array, shape (units,).
+    """
+    keep = rng.random(groups.units) < share
+    for group in groups.groups:
+        keep[rng.integers(group.offset, group.offset + group.units)] = True
+    for units in groups.guarded:
+        keep[rng.choice(units)] = True
+    return keep
+
+
+def law_errors(
+    apply: Callable[..., Any],
+    variables: Any,
+    *args: Any,
+    keep: np.ndarray,
+    groups: Groups,
+    slimmer: Callable[..., Any] = slim,
+    **options: Any,
+) -> tuple[float, float]:
+    """How far the small function is from the masked one, on given inputs.
+
+    Meaningful in float64 (``jax.config.update("jax_enable_x64", True)``), where anything above rounding
+    (about 1e-10) is a wrong rule.
+
+    Args:
+      apply: the function that the groups were found for.
+      variables: its variables.
+      *args: its inputs.
+      keep: units to keep, shape (units,).
+      groups: what can leave.
+      slimmer: makes the small function; `slim`, or what is to be compared with it.
+      **options: for `jax.jit`, e.g. compiler options.
+
+    Returns:
+      Relative error of the outputs, and of the gradients by the variables against their global norm (of
+      a random linear function of the outputs).
+    """
+    plan = plan_units(groups, keep)
+    masked = jax.jit(lambda v: apply_mask(groups, jnp.asarray(keep, float), v))(variables)
+    small, small_apply = shrink(variables, plan), slimmer(apply, plan)
+
+    def loss(f: Callable[..., Any], tree: Any) -> tuple[jax.Array, Any]:
+        outputs = f(tree, *args)
+        terms = [
+            jnp.sum(y * jax.random.normal(jax.random.fold_in(jax.random.key(7), i), y.shape, float))
+            for i, y in enumerate(jax.tree.leaves(outputs))
+            if jnp.issubdtype(y.dtype, jnp.floating)
+        ]
+        return sum(terms, jnp.zeros(())), outputs
+
+    def evaluate(f: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda tree: jax.value_and_grad(lambda t: loss(f, t), has_aux=True)(tree)
+
+    (_, expected), expected_grad = jax.jit(evaluate(apply), **options)(masked)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(expected_grad)):
+        # Compiled, the derivative of a minimum can be 0/0 (XLA computes the compared values twice, in
+        # different roundings, and finds no minimum); op by op it cannot.
+        (_, expected), expected_grad = evaluate(apply)(masked)
+    (_, got), got_grad = jax.jit(evaluate(small_apply), **options)(small)
+    expected_grad = shrink(jax.device_get(expected_grad), plan)
+    return distance(got, expected), distance(got_grad, expected_grad)
+
+
+def distance(got: Any, expected: Any) -> float:
+    """Norm of the difference over the norm of the expected tree.
+
+    With weights and inputs of order one, a norm below 1e-5 is rounding noise around zero (some programs
+    cancel exactly); it has no relative error, and 1e-5 takes its place.
+
+    Args:
+      got: pytree of arrays.
+      expected: pytree of arrays of the same shapes.
+
+    Returns:
+      The relative distance.
+    """
+    flat_got = np.concatenate([np.ravel(x) for x in jax.tree.leaves(got)])
+    flat_expected = np.concatenate([np.ravel(x) for x in jax.tree.leaves(expected)])
+    assert flat_got.shape == flat_expected.shape
+    assert np.isfinite(flat_expected).all()
+    scale = np.linalg.norm(flat_expected)
+    return float(np.linalg.norm(flat_got - flat_expected) / max(scale, 1e-5))

@@ -1,0 +1,1 @@
+"""Public model architectures, as pure functions with abstract variables."""

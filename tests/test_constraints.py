@@ -1,0 +1,144 @@
+"""Demands on groups: kept by selection and search, refused where they cannot be."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import compaware_jax as ca
+from compaware_jax.cost import parameter_cost
+from compaware_jax.errors import BudgetError
+from compaware_jax.law import law_errors, random_keep
+from compaware_jax.select import keep_units, round_counts, uniform_counts
+
+SIZES = {"encoder": 64, "middle": 48, "decoder": 30}
+
+
+def chain():
+    rng = np.random.default_rng(0)
+    widths = [5, *SIZES.values(), 3]
+    names = [*SIZES, "head"]
+    variables = {
+        name: {"w": rng.normal(size=(m, n)), "b": rng.normal(size=n)}
+        for name, m, n in zip(names, widths, widths[1:], strict=False)
+    }
+
+    def apply(v, x):
+        for name in SIZES:
+            x = jnp.tanh(x @ v[name]["w"] + v[name]["b"])
+        return x @ v["head"]["w"] + v["head"]["b"]
+
+    return apply, variables, (rng.normal(size=(4, 5)),)
+
+
+@pytest.fixture
+def groups():
+    apply, variables, args = chain()
+    return ca.find_groups(apply, variables, *args)
+
+
+def test_counts_keep_to_every_demand(groups):
+    demanded = ca.constrain(
+        groups, whole="decoder", floor={"*": 2, "encoder/b": 0.3}, ceiling={"middle": 16}, multiple_of=8
+    )
+    assert demanded.floors.tolist() == [24, 8, 30]
+    assert demanded.ceilings.tolist() == [64, 16, 30]
+    cost = parameter_cost(demanded)
+    for fraction in (0.4, 0.5, 0.6):
+        limit = int(fraction * cost.total)
+        for counts in (round_counts(cost, np.array([0.3, 0.9, 0.2]), limit), uniform_counts(cost, limit)):
+            assert cost.exact(counts) <= limit
+            assert (counts >= demanded.floors).all()
+            assert (counts <= demanded.ceilings).all()
+            assert counts[0] % 8 == counts[1] % 8 == 0
+            assert counts[2] == 30
+
+
+def test_multiples_count_indices_not_units():
+    """A unit that holds four indices of an axis reaches a multiple of eight with two."""
+
+    def apply(v, x):
+        return jnp.tanh(x @ v["a"]).reshape(-1, 4, 16).sum(1) @ v["b"]
+
+    variables = {"a": np.ones((3, 64)), "b": np.ones((16, 2))}
+    found = ca.find_groups(apply, variables, np.ones((2, 3)))
+    assert [times for _, _, times in found.groups[0].axes] == [4, 1]
+    assert ca.constrain(found, multiple_of=8).steps.tolist() == [8]
+    alone = ca.constrain(found, multiple_of={"a": 8})
+    assert alone.steps.tolist() == [8]
+
+
+def test_wide_limit_spends_up_to_whole_groups(groups):
+    """A group whose size is no multiple may still stay whole."""
+    cost = parameter_cost(ca.constrain(groups, multiple_of=8))
+    counts = round_counts(cost, np.ones(3), cost.total)
+    assert counts.tolist() == [64, 48, 30]
+
+
+def test_the_search_keeps_to_the_demands():
+    apply, variables, args = chain()
+    demanded = ca.constrain(
+        ca.find_groups(apply, variables, *args), floor={"middle": 20}, ceiling={"encoder": 16}
+    )
+    target = np.random.default_rng(1).normal(size=(4, 3))
+    result = ca.compress(
+        apply,
+        variables,
+        lambda f, v, batch: jnp.mean((f(v, batch) - target) ** 2),
+        lambda step: jnp.asarray(args[0]),
+        groups=demanded,
+        budget=ca.params(0.25),
+        search=ca.GradientSearch(steps=30),
+        fine_tune=5,
+        progress=False,
+    )
+    counts = {name: kept for name, kept, _ in result.plan.counts}
+    assert counts["middle"] >= 20
+    assert counts["encoder"] <= 16
+
+
+@pytest.mark.usefixtures("x64")
+def test_groups_forced_together_leave_index_by_index():
+    rng = np.random.default_rng(0)
+    variables = {"a": rng.normal(size=(3, 8)), "b": rng.normal(size=(8, 8)), "c": rng.normal(size=(8, 2))}
+
+    def apply(v, x):
+        return jnp.tanh(jnp.tanh(x @ v["a"]) @ v["b"]) @ v["c"]
+
+    x = rng.normal(size=(4, 3))
+    apart = ca.find_groups(apply, variables, x)
+    tied = ca.constrain(apart, together=[("a", "b")])
+    assert [g.units for g in apart.groups] == [8, 8]
+    assert [(g.name, g.units, len(g.axes)) for g in tied.groups] == [("a", 8, 4)]
+    keep = random_keep(tied, rng)
+    plan = ca.plan_units(tied, keep)
+    assert plan.kept[1][0] == plan.kept[1][1] == tuple(np.flatnonzero(keep))
+    assert max(law_errors(apply, variables, x, keep=keep, groups=tied)) <= 1e-10
+
+
+def test_groups_forced_apart_have_coefficients_of_their_own(groups):
+    parts = ca.constrain(groups, apart={"encoder": 4}, floor={"encoder/0": 3})
+    assert [g.name for g in parts.groups[:4]] == [f"encoder/{i}" for i in range(4)]
+    assert parts.units == groups.units
+    assert parts.floors.tolist() == [3, 1, 1, 1, 1, 1]
+    counts = np.array([3, 1, 2, 1, 5, 5])
+    keep = keep_units(parts, np.random.default_rng(0).random(parts.units), counts)
+    plan = ca.plan_units(parts, keep)
+    assert len(plan.kept[[leaf.path for leaf in plan.leaves].index("encoder/w")][1]) == 7
+
+
+@pytest.mark.parametrize(
+    ("demand", "message"),
+    [
+        ({"floor": {"nowhere": 3}}, "floor names 'nowhere', which matches no group"),
+        ({"floor": 1.5}, r"floor=1.5, expected a number of units \(int\) or a share"),
+        ({"floor": {"middle": 20}, "ceiling": {"middle": 10}}, "`middle` .* at least 20 and at most 10"),
+        ({"multiple_of": 0}, "multiple_of=0, expected a whole number"),
+        ({"together": [("encoder", "middle")]}, "cannot be forced together"),
+        ({"together": [("encoder", "nowhere")]}, "'nowhere' is no group"),
+        ({"apart": {"decoder": 99}}, "cannot be split into 99 parts"),
+        ({"ceiling": {"middle": 5}, "multiple_of": 8}, "Lower its floor or raise its ceiling"),
+    ],
+)
+def test_demands_that_cannot_be(groups, demand, message):
+    with pytest.raises(BudgetError, match=message):
+        ca.constrain(groups, **demand)
