@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.extend.core import primitives as p
 
 from compaware_jax.errors import TraceError
 from compaware_jax.groups import COLLECTIONS, FixedAxis, Group, Groups, Leaf, default_component, leaves_of
@@ -106,15 +108,16 @@ def _collect(
     states: tuple[tuple[str, str], ...],
 ) -> Groups:
     program, solution = analysis.program, analysis.solution
-    order, unread = _first_use(analysis)
+    order, unread = _first_use(analysis, states)
     free = analysis.free.copy()
     if not inexact:
         free[list(solution.inexact)] = False
 
     # Where classes appear: on leaf axes in order of first use, then on axes that count as work.
     appearances: list[tuple[np.ndarray, tuple[int, int] | None]] = []
+    leaf_values, never_read = program.leaf_values, set(unread)
     for position in order:
-        value = program.leaf_values[position]
+        value = leaf_values[position]
         for axis, labels in enumerate(analysis.labels(value)):
             if labels is not None:
                 appearances.append((labels, (position, axis)))
@@ -135,12 +138,12 @@ def _collect(
     unit_of_class[classes] = np.arange(len(classes))
     units_of, fixed = [], []
     for position, leaf in enumerate(leaves):
-        value = program.leaf_values[position]
+        value = leaf_values[position]
         per_axis = []
         for axis, labels in enumerate(analysis.labels(value)):
             size = leaf.shape[axis]
             units = np.full(size, -1) if labels is None else unit_of_class[labels]
-            if leaf.path in unread:
+            if leaf.path in never_read:
                 units = np.full(size, -1)
             elif labels is not None and (units < 0).any():
                 fixed.append(_fixed_axis(analysis, leaf, axis, value, units))
@@ -164,13 +167,24 @@ def _collect(
     )
 
 
-def _first_use(analysis: Analysis) -> tuple[list[int], tuple[str, ...]]:
-    """Positions of the leaves in the order in which the program reads them; paths never read."""
+def _first_use(analysis: Analysis, states: tuple[tuple[str, str], ...]) -> tuple[list[int], tuple[str, ...]]:
+    """Positions of the leaves in the order in which the program reads them; paths never read.
+
+    Stopping the gradient of a leaf is not yet reading it; being the place of a state is.
+    """
     program = analysis.program
     position_of = {value: i for i, value in enumerate(program.leaf_values)}
-    read = [v for eqn in program.block.equations for v in eqn.inputs] + list(program.block.outputs)
+    read: list[int] = []
+    for eqn in program.block.equations:
+        if eqn.primitive is p.stop_gradient_p and eqn.inputs[0] in position_of:
+            position_of[eqn.outputs[0]] = position_of[eqn.inputs[0]]
+        else:
+            read += eqn.inputs
+    read += program.block.outputs
     order = list(dict.fromkeys(position_of[v] for v in read if v in position_of))
-    unread = tuple(name for i, name in enumerate(program.leaves) if i not in set(order))
+    order += [leaf for _, leaf in program.states(states) if leaf not in order]
+    seen = set(order)
+    unread = tuple(name for i, name in enumerate(program.leaves) if i not in seen)
     return order, unread
 
 
@@ -185,7 +199,12 @@ def _work_labels(analysis: Analysis) -> list[np.ndarray]:
 def _signatures(
     appearances: list[tuple[np.ndarray, Any]], on_leaves: int, free: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Free classes on leaves, where each first appears, and a hash of the axes that each spans."""
+    """Free classes on leaves, where each first appears, and a hash of the axes that each spans.
+
+    An index that only its own leaf knows of is not one of them: a row of a position table that this
+    input is too short to read may be read by the next.
+    """
+    seen = np.zeros(count, int)
     first = np.full(count, np.iinfo(np.int64).max)
     signature = np.zeros(count, np.uint64)
     mix = np.random.default_rng(0)
@@ -197,11 +216,12 @@ def _signatures(
         # A random word per axis, times the number of indices: a multiset hash, modulo 2^64.
         word = mix.integers(1, 2**63, dtype=np.uint64) | np.uint64(1)
         signature[here] += word * times.astype(np.uint64)
+        seen[here] += 1
         if number < on_leaves:
             first[here] = np.minimum(first[here], start + at)
             start += len(labels)
     on_leaf = first < np.iinfo(np.int64).max
-    return np.flatnonzero(free & on_leaf), first, signature
+    return np.flatnonzero(free & on_leaf & (seen > 1)), first, signature
 
 
 def _fixed_axis(analysis: Analysis, leaf: Leaf, axis: int, value: int, units: np.ndarray) -> FixedAxis:
@@ -211,7 +231,7 @@ def _fixed_axis(analysis: Analysis, leaf: Leaf, axis: int, value: int, units: np
         reason = analysis.solution.fixed.get(label) or analysis.solution.inexact.get(label)
         if reason:
             return FixedAxis(leaf.path, axis, int((units < 0).sum()), reason)
-    raise AssertionError("a fixed class has a reason")
+    return FixedAxis(leaf.path, axis, int((units < 0).sum()), "nothing else reads it at these input shapes")
 
 
 def _describe(
@@ -224,21 +244,21 @@ def _describe(
 ) -> tuple[Group, ...]:
     axes: list[list[tuple[str, int, int]]] = [[] for _ in sizes]
     parameters = np.zeros(len(sizes), int)
+    group_of_unit = np.repeat(np.arange(len(sizes)), sizes)
     for position in order:
         leaf = leaves[position]
-        in_leaf: dict[int, list[int]] = {}
+        held: dict[int, list[tuple[int, int]]] = {}
         for axis, units in enumerate(units_of[position]):
-            counts = np.bincount(units[units >= 0], minlength=int(sizes.sum()))
-            for group in np.flatnonzero(counts[offsets]) if len(offsets) else ():
-                axes[group].append((leaf.path, axis, int(counts[offsets[group]])))
-                in_leaf.setdefault(int(group), []).append(axis)
+            # Units of a group are interchangeable: each holds as many indices as the others.
+            here, indices = np.unique(group_of_unit[units[units >= 0]], return_counts=True)
+            for group, times in zip(here.tolist(), (indices // sizes[here]).tolist(), strict=True):
+                axes[group].append((leaf.path, axis, times))
+                held.setdefault(group, []).append((axis, times))
         size = int(np.prod(leaf.shape))
-        for group, spanned in in_leaf.items():
-            unit = offsets[group]
+        for group, spans in held.items():
             rest = size
-            for axis in spanned:
-                held = int((units_of[position][axis] == unit).sum())
-                rest = rest // leaf.shape[axis] * (leaf.shape[axis] - held)
+            for axis, times in spans:
+                rest = rest // leaf.shape[axis] * (leaf.shape[axis] - times)
             parameters[group] += size - rest
     names = _names([spans[0] for spans in axes])
     return tuple(
@@ -261,14 +281,15 @@ def _names(first_axes: list[tuple[str, int, int]]) -> list[str]:
         keys = path.split("/")
         keys = keys[1:] if keys[0] in COLLECTIONS else keys
         modules.append("/".join(keys[:-1]) or keys[-1])
+    shared, taken = Counter(modules), Counter[str]()
     names: list[str] = []
     for module, (path, axis, _) in zip(modules, first_axes, strict=True):
         name = module
-        if modules.count(module) > 1:
+        if shared[module] > 1:
             leaf = path.rsplit("/", 1)[-1]
             name = f"{module}:{axis}" if leaf == module else f"{module}/{leaf}:{axis}"
-        number = sum(n == name or n.startswith(f"{name}#") for n in names)
-        names.append(f"{name}#{number}" if number else name)
+        names.append(f"{name}#{taken[name]}" if taken[name] else name)
+        taken[name] += 1
     return names
 
 
@@ -286,5 +307,11 @@ def _guarded(
             units = np.unique(unit_of_class[labels])
             if len(units) and units[0] >= 0:
                 sets[units.tobytes()] = units
-    whole = [set(range(g.offset, g.offset + g.units)) for g in groups]
-    return tuple(units for units in sets.values() if not any(w <= set(units.tolist()) for w in whole))
+    sizes = np.array([group.units for group in groups], int)
+    group_of_unit = np.repeat(np.arange(len(sizes)), sizes)
+
+    def holds_a_group(units: np.ndarray) -> bool:
+        here, count = np.unique(group_of_unit[units], return_counts=True)
+        return bool((count == sizes[here]).any())
+
+    return tuple(units for units in sets.values() if not holds_a_group(units))

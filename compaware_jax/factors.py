@@ -38,6 +38,8 @@ class Factor:
 
 
 Factors = tuple[Factor, ...]
+Choice = tuple[tuple[int, ...], tuple[int, ...]]
+"""Sizes of a joint factor's axes that an operation keeps, and of those that it does away with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +65,29 @@ class Tracked:
 
 @dataclass(eq=False)
 class Ledger:
-    """Hands out atoms and collects what is known about them (the only mutable state of an analysis)."""
+    """Hands out atoms and collects what is known about them (the only mutable state of an analysis).
+
+    Attributes:
+      size: atoms handed out.
+      choices: which of the choices met are to be taken; see `chosen`.
+      met: choices met.
+    """
 
     size: int = 0
+    choices: frozenset[Choice] = frozenset()
+    met: set[Choice] = field(default_factory=set)
     _edges: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     _fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
     _inexact: list[tuple[np.ndarray, str]] = field(default_factory=list)
     _flags: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+    def chosen(self, choice: Choice) -> bool:
+        """Whether to cut along the other axes of a joint factor than is usual.
+
+        Equations that meet the same choice take it alike. The analysis tries both.
+        """
+        self.met.add(choice)
+        return choice in self.choices
 
     def fresh(self, *shape: int) -> np.ndarray:
         """New atoms, of the given shape."""

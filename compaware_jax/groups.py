@@ -18,8 +18,8 @@ from compaware_jax.propagate import Analysis
 from compaware_jax.tables import text_table
 from compaware_jax.trace import named_leaves
 
-# Flax keeps several collections beside one another; a component is a module, not a collection.
-COLLECTIONS = frozenset({"params", "batch_stats", "cache", "intermediates"})
+# Several collections stand beside one another; a component is a module, not a collection.
+COLLECTIONS = frozenset({"params", "batch_stats", "cache", "intermediates", "state"})
 
 
 @dataclass(frozen=True)

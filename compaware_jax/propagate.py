@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from compaware_jax.errors import UnknownPrimitiveError
-from compaware_jax.factors import Factor, Factors, Ledger, Solution, Tracked, combine
+from compaware_jax.factors import Choice, Factor, Factors, Ledger, Solution, Tracked, combine
 from compaware_jax.rules import REGIONS, RULES, Kept
 from compaware_jax.trace import Block, Equation, Program, flatten
 
@@ -28,18 +28,29 @@ class Analysis:
       factors: per value id its factors (their atoms index `solution.labels`).
       solution: classes of atoms; joint factors are rectangles under it.
       unknown: where primitives without a rule were met.
+      choices: choices of how to cut that were met.
+      taken: those that were taken.
     """
 
     program: Program
     factors: Mapping[int, Factors]
     solution: Solution
     unknown: tuple[str, ...]
+    choices: frozenset[Choice] = frozenset()
+    taken: frozenset[Choice] = frozenset()
     _labels: dict[int, tuple[np.ndarray | None, ...]] = field(default_factory=dict)
 
     @cached_property
     def free(self) -> np.ndarray:
         """Boolean array over classes: which ones may leave."""
         return self.solution.free()
+
+    @cached_property
+    def units(self) -> int:
+        """How many classes of the leaves' indices may leave."""
+        found = [f.ids.ravel() for v in self.program.leaf_values for f in self.factors.get(v, ())]
+        labels = self.solution.labels[np.concatenate(found)] if found else np.zeros(0, int)
+        return int(self.free[np.unique(labels)].sum())
 
     def labels(self, value: int) -> tuple[np.ndarray | None, ...]:
         """Per axis of a value the class of each index (-1: fixed), or None where nothing is tracked."""
@@ -105,7 +116,23 @@ def analyse(
     Raises:
       UnknownPrimitiveError: in strict mode, at a primitive without a rule.
     """
-    ledger = Ledger()
+    best = _analyse(program, released, states, strict, frozenset())
+    # Where an operation leaves a choice of how to cut, the one that frees more units is taken.
+    for choice in sorted(best.choices):
+        trial = _analyse(program, released, states, strict, best.taken | {choice})
+        if trial.units > best.units:
+            best = replace(trial, choices=best.choices)
+    return best
+
+
+def _analyse(
+    program: Program,
+    released: Sequence[int],
+    states: Sequence[tuple[int, int]],
+    strict: bool,
+    choices: frozenset[Choice],
+) -> Analysis:
+    ledger = Ledger(choices=choices)
     avals = program.avals
     inputs = [_leaf(ledger, avals[v].shape) for v in program.leaf_values]
     for name, value in zip(program.arguments, program.argument_values, strict=True):
@@ -242,7 +269,14 @@ class _Propagation:
     def close(self, program: Program) -> Analysis:
         factors = {value: x.factors for value, x in self.values.items()}
         joint = [f for fs in factors.values() for f in fs if len(f.axes) > 1]
-        return Analysis(program, factors, _solve(self.ledger, joint), tuple(self.unknown))
+        return Analysis(
+            program=program,
+            factors=factors,
+            solution=_solve(self.ledger, joint),
+            unknown=tuple(self.unknown),
+            choices=frozenset(self.ledger.met),
+            taken=self.ledger.choices,
+        )
 
 
 def keeps_derivatives_zero(eqn: Equation, inputs: Sequence[Tracked], memo: dict[Any, bool]) -> bool:

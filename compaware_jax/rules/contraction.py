@@ -161,10 +161,14 @@ def _couple_conv(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> li
 
 
 def _by_position(eqn: Equation) -> bool:
-    """Whether a grouped convolution leaves more units by position in a group than by whole groups."""
-    groups = eqn.params["feature_group_count"]
-    inputs_per_group = eqn.in_shapes[1][eqn.params["dimension_numbers"].rhs_spec[1]]
-    return inputs_per_group > groups > 1
+    """Whether a grouped convolution leaves more units by position in a group than by whole groups.
+
+    Positions leave its inputs and its outputs apart, whole groups leave both at once.
+    """
+    spec, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    inputs = eqn.in_shapes[1][spec.rhs_spec[1]]
+    outputs = eqn.in_shapes[1][spec.rhs_spec[0]] // groups
+    return groups > 1 and inputs > 1 and inputs + outputs > groups
 
 
 def _slim_conv(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:

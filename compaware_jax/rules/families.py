@@ -104,6 +104,8 @@ def reduction(primitive: Primitive, *, sums: bool) -> None:
         factors = []
         for factor in x.factors:
             if any(a in kept_axes for a in factor.axes):
+                if _cut_within(ledger, factor, kept_axes):
+                    continue
                 factor = ledger.collapse(factor, kept_axes)
                 factors.append(factor.moved({a: kept_axes.index(a) for a in factor.axes}))
         return [Tracked(eqn.out_shapes[0], tuple(factors))]
@@ -116,6 +118,19 @@ def reduction(primitive: Primitive, *, sums: bool) -> None:
         return bind(eqn, [x.array])
 
     register_rule(primitive, couple, slim)
+
+
+def _cut_within(ledger: Ledger, factor: Factor, kept_axes: Sequence[int]) -> bool:
+    """Whether a factor is cut along its reduced axes: positions within every norm group, not whole ones.
+
+    Then all that is kept depends on every unit, and none of it leaves.
+    """
+    kept = tuple(n for a, n in zip(factor.axes, factor.ids.shape, strict=True) if a in kept_axes)
+    within = tuple(n for a, n in zip(factor.axes, factor.ids.shape, strict=True) if a not in kept_axes)
+    if np.prod(within) <= np.prod(kept) or not ledger.chosen((kept, within)):
+        return False
+    ledger.collapse(factor, [a for a in factor.axes if a not in kept_axes])
+    return True
 
 
 def freed(

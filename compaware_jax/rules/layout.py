@@ -35,7 +35,7 @@ def _couple_squeeze(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) ->
 
 def _couple_broadcast(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
     x = inputs[0]
-    return _renamed(ledger, eqn, x, dict(enumerate(eqn.params["broadcast_dimensions"])))
+    return _renamed(ledger, eqn, x, {i: int(a) for i, a in enumerate(eqn.params["broadcast_dimensions"])})
 
 
 def _slim_same(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:

@@ -1,0 +1,192 @@
+"""How long the coupling analysis takes: against Torch-Pruning, at 7 B parameters, and with depth.
+
+    python -m venv peers && peers/bin/pip install torch torch-pruning
+    python experiments/bench_discovery.py --torch-python peers/bin/python
+
+* ResNet-50 and ViT-B/16 at 224×224 on the CPU: discovery plus one pruning step (L2, half of the units),
+  best of a few rounds with JAX's trace caches cleared, beside Torch-Pruning's graph building plus one
+  step in the same run. Goal: a ratio of at most 0.5.
+* A Llama-like decoder of 1 B and 7 B abstract parameters, each in a process of its own: seconds and peak
+  memory. Goal: 30 s and 2 GB.
+* Seconds per equation from 10² to 10⁴ dense layers: `runs/discovery/depth.png`.
+
+It needs the extra: ``pip install -e '.[zoo]'``. Without `--torch-python` the peer's columns stay empty.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import compaware_jax as ca
+from compaware_jax.importance import l2
+from compaware_jax.select import keep_units
+from compaware_jax.tables import text_table
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+
+@dataclass(frozen=True)
+class Args:
+    """Settings of the benchmark."""
+
+    torch_python: str | None = None
+    """Python of an environment with torch and torch-pruning."""
+    rounds: int = 3
+    """The best of so many."""
+    depths: tuple[int, ...] = (100, 300, 1000, 3000, 10000)
+    """Layers of the depth study."""
+    decoder: str | None = None
+    """Only analyse this preset of the decoder, and print JSON (used by the benchmark itself)."""
+    output: Path = Path("runs/discovery")
+    """Where the figures go."""
+
+
+def models() -> dict[str, Callable[[], Any]]:
+    """The two models of the comparison, at the peer's input size."""
+    from zoo_models import convolutional, sequence
+
+    by_name = {e.name: e for e in (*convolutional.ENTRIES, *sequence.ENTRIES)}
+    return {"ResNet-50": by_name["ResNet-50 v1"].build, "ViT-B/16": by_name["ViT-B/16 (Flax)"].build}
+
+
+def one_step(apply: Any, variables: Any, image: Any) -> ca.Groups:
+    """Discovery and one pruning step: half of every group's units, by L2 norm."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+    groups = ca.find_groups(apply, shapes, image)
+    keep = keep_units(groups, l2(groups, variables), np.maximum(groups.sizes // 2, groups.floors))
+    jax.block_until_ready(ca.shrink(variables, ca.plan_units(groups, keep)))
+    return groups
+
+
+def compare(args: Args) -> list[tuple[Any, ...]]:
+    """One row per model: ours, the peer's, the ratio."""
+    peer: dict[str, Any] = {}
+    if args.torch_python:
+        command = [args.torch_python, str(HERE / "peers/torch_discovery.py"), "--rounds", str(args.rounds)]
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+        peer = json.loads(run.stdout.splitlines()[-1])
+    rows = []
+    for name, build in models().items():
+        apply, shapes, _ = build()
+        variables = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
+        image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+        times = []
+        for _ in range(args.rounds):
+            jax.clear_caches()
+            start = time.perf_counter()
+            groups = one_step(apply, variables, image)
+            times.append(time.perf_counter() - start)
+        theirs = peer.get(name, {})
+        ratio = f"{min(times) / theirs['seconds']:.2f}" if theirs else "–"
+        found = (len(groups.groups), groups.units)
+        rows.append(
+            (name, f"{min(times):.2f}", f"{theirs['seconds']:.2f}" if theirs else "–", ratio, *found)
+            + ((theirs["groups"], theirs["channels"]) if theirs else ("–", "–"))
+        )
+    return rows
+
+
+def analyse_decoder(preset: str) -> dict[str, Any]:
+    """Seconds and peak memory of one abstract decoder."""
+    from zoo_models.sequence import PRESETS, llama
+
+    apply, variables, inputs = llama(PRESETS[preset])
+    start = time.perf_counter()
+    groups = ca.find_groups(apply, variables, *inputs)
+    seconds = time.perf_counter() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    parameters = sum(int(np.prod(leaf.shape)) for leaf in groups.leaves)
+    return {
+        "parameters": parameters,
+        "seconds": seconds,
+        "gigabytes": memory,
+        "groups": len(groups.groups),
+        "units": groups.units,
+    }
+
+
+def deep(layers: int, width: int = 16) -> Any:
+    """A chain of dense layers, abstract."""
+
+    def abstract(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    variables = {
+        "in": abstract(4, width),
+        "hidden": [{"w": abstract(width, width), "b": abstract(width)} for _ in range(layers)],
+        "out": abstract(width, 2),
+    }
+
+    def apply(v: Any, x: jax.Array) -> jax.Array:
+        x = x @ v["in"]
+        for layer in v["hidden"]:
+            x = jnp.tanh(x @ layer["w"] + layer["b"])
+        return x @ v["out"]
+
+    return apply, variables, abstract(2, 4)
+
+
+def depth_study(args: Args) -> list[tuple[int, int, float]]:
+    """(layers, equations, microseconds per equation), and the plot."""
+    import matplotlib.pyplot as plt
+
+    rows = []
+    for layers in args.depths:
+        apply, variables, x = deep(layers)
+        start = time.perf_counter()
+        groups = ca.find_groups(apply, variables, x)
+        seconds = time.perf_counter() - start
+        equations = len(groups.analysis.program.block.equations)
+        rows.append((layers, equations, 1e6 * seconds / equations))
+    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    axes.semilogx([row[0] for row in rows], [row[2] for row in rows], "o-")
+    axes.set(xlabel="layers", ylabel="µs per equation", ylim=(0, None), title="Discovery, dense chain")
+    axes.grid(alpha=0.3)
+    figure.savefig(args.output / "depth.png", dpi=150)
+    return rows
+
+
+def main(args: Args) -> None:
+    """Run the three parts and print their tables."""
+    if args.decoder:
+        print(json.dumps(analyse_decoder(args.decoder)))
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    header = ("model", "s", "peer s", "ratio", "groups", "units", "peer groups", "peer channels")
+    print(text_table(header, compare(args), "Discovery and one pruning step, 224×224, CPU"))
+    rows = []
+    for preset in ("1b", "7b"):
+        command = [sys.executable, __file__, "--decoder", preset]
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+        found = json.loads(run.stdout.splitlines()[-1])
+        rows.append(
+            (
+                preset,
+                f"{found['parameters']:,}",
+                f"{found['seconds']:.1f}",
+                f"{found['gigabytes']:.2f}",
+                found["groups"],
+                found["units"],
+            )
+        )
+    print(text_table(("decoder", "parameters", "s", "GB", "groups", "units"), rows, "Abstract parameters"))
+    lines = [(layers, equations, f"{micro:.0f}") for layers, equations, micro in depth_study(args)]
+    print(text_table(("layers", "equations", "µs per equation"), lines, "Depth"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
