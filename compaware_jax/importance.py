@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from compaware_jax.groups import Groups
 from compaware_jax.masks import apply_mask
+from compaware_jax.trace import on_host
 
 
 def unit_sum(groups: Groups, tree: Any) -> Float[Array, " units"]:
@@ -28,13 +29,19 @@ def unit_sum(groups: Groups, tree: Any) -> Float[Array, " units"]:
     Returns:
       The sums, shape (units,).
     """
-    total = jnp.zeros(groups.units + 1)
-    for leaf, axes in zip(jax.tree.leaves(tree), groups.units_of, strict=True):
+    leaves = jax.tree.leaves(tree)
+    # On the host, numpy spares a compilation per shape.
+    xp = np if all(on_host(leaf) for leaf in leaves) else jnp
+    sums, places = [xp.zeros(0)], [np.zeros(0, int)]
+    for leaf, axes in zip(leaves, groups.units_of, strict=True):
         for axis, units in enumerate(axes):
             if (units >= 0).any():
-                along = leaf.sum(tuple(a for a in range(leaf.ndim) if a != axis))
-                total = total.at[np.where(units < 0, groups.units, units)].add(along)
-    return total[:-1]
+                sums.append(xp.asarray(leaf).sum(tuple(a for a in range(leaf.ndim) if a != axis)))
+                places.append(np.where(units < 0, groups.units, units))
+    together, where = xp.concatenate(sums), np.concatenate(places)
+    if xp is np:
+        return jnp.asarray(np.bincount(where, together, groups.units + 1)[:-1], float)
+    return jax.ops.segment_sum(together, where, groups.units + 1)[:-1]
 
 
 def ranks(groups: Groups, scores: Num[ArrayLike, " units"]) -> Int[Array, " units"]:
@@ -47,7 +54,11 @@ def ranks(groups: Groups, scores: Num[ArrayLike, " units"]) -> Int[Array, " unit
 
 def l1(groups: Groups, variables: Any) -> Float[Array, " units"]:
     """Sum of the absolute values of a unit's weights, shape (units,)."""
-    return unit_sum(groups, jax.tree.map(jnp.abs, variables))
+    return unit_sum(groups, jax.tree.map(_absolute, variables))
+
+
+def _absolute(x: Any) -> Any:
+    return np.abs(x) if on_host(x) else jnp.abs(x)
 
 
 def l2(groups: Groups, variables: Any) -> Float[Array, " units"]:
@@ -57,7 +68,11 @@ def l2(groups: Groups, variables: Any) -> Float[Array, " units"]:
       Li et al., Pruning Filters for Efficient ConvNets, arXiv 1608.08710 (the L1 form), over whole
       coupled units as in Fang et al., DepGraph, arXiv 2301.12900.
     """
-    return jnp.sqrt(unit_sum(groups, jax.tree.map(jnp.square, variables)))
+    return jnp.sqrt(unit_sum(groups, jax.tree.map(_square, variables)))
+
+
+def _square(x: Any) -> Any:
+    return np.square(x) if on_host(x) else jnp.square(x)
 
 
 def random(groups: Groups, key: jax.Array) -> Float[Array, " units"]:

@@ -16,7 +16,7 @@ from compaware_jax.plan import Plan
 from compaware_jax.propagate import Analysis, analyse, flops_of
 from compaware_jax.rules.families import take
 from compaware_jax.slimming import FullWidth, run_small, scatter
-from compaware_jax.trace import named_leaves, trace
+from compaware_jax.trace import named_leaves, on_host, trace
 
 
 def shrink(tree: Any, plan: Plan) -> Any:
@@ -67,10 +67,16 @@ def expand(tree: Any, plan: Plan) -> Any:
 
 
 def _cut(array: Any, plan: Plan, leaf: int) -> Any:
+    if all(index is None for index in plan.kept[leaf]):
+        return array
+    # On the host, numpy spares a compilation per shape.
+    small = np.asarray(array) if on_host(array) else array
     for axis, index in enumerate(plan.kept[leaf]):
         if index is not None:
-            array = array.take(np.asarray(index), axis=axis)
-    return array
+            small = small.take(np.asarray(index), axis=axis)
+    if isinstance(small, np.ndarray) and not isinstance(array, np.ndarray):
+        return jax.device_put(small, array.sharding) if array.committed else jnp.asarray(small)
+    return small
 
 
 def _put_back(array: Any, plan: Plan, leaf: int) -> Any:

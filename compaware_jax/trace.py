@@ -175,6 +175,14 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def on_host(array: Any) -> bool:
+    """Whether an array's values can be read here and now, without a transfer from an accelerator."""
+    if isinstance(array, np.ndarray):
+        return True
+    concrete = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+    return concrete and array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices())
+
+
 def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> Program:
     """Trace ``apply(variables, *args, **kwargs)`` abstractly.
 

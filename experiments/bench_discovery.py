@@ -36,6 +36,7 @@ from compaware_jax.select import keep_units
 from compaware_jax.tables import text_table
 
 HERE = Path(__file__).parent
+IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 sys.path.insert(0, str(HERE))
 
 
@@ -57,10 +58,15 @@ class Args:
 
 def models() -> dict[str, Callable[[], Any]]:
     """The two models of the comparison, at the peer's input size."""
-    from zoo_models import convolutional, sequence
+    from zoo_models import convolutional
+    from zoo_models.sequence import LinenViT
 
-    by_name = {e.name: e for e in (*convolutional.ENTRIES, *sequence.ENTRIES)}
-    return {"ResNet-50": by_name["ResNet-50 v1"].build, "ViT-B/16": by_name["ViT-B/16 (Flax)"].build}
+    def vit() -> Any:
+        module = LinenViT()
+        return module.apply, jax.eval_shape(module.init, jax.random.key(0), IMAGE), (IMAGE,)
+
+    by_name = {entry.name: entry for entry in convolutional.ENTRIES}
+    return {"ResNet-50": by_name["ResNet-50 v1"].build, "ViT-B/16": vit}
 
 
 def one_step(apply: Any, variables: Any, image: Any) -> ca.Groups:
@@ -83,12 +89,11 @@ def compare(args: Args) -> list[tuple[Any, ...]]:
     for name, build in models().items():
         apply, shapes, _ = build()
         variables = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
-        image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
         times = []
         for _ in range(args.rounds):
             jax.clear_caches()
             start = time.perf_counter()
-            groups = one_step(apply, variables, image)
+            groups = one_step(apply, variables, IMAGE)
             times.append(time.perf_counter() - start)
         theirs = peer.get(name, {})
         ratio = f"{min(times) / theirs['seconds']:.2f}" if theirs else "–"

@@ -38,6 +38,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from zoo_models.entry import Entry
 
 BOUND = 1e-10
+# Compiling takes most of the time; what is compared does not need fast code.
+COMPILER = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def measure(entry: Entry, plans: int, strict: bool) -> Row:
         share = max(share, sum(u.flops for u in ran) / total)
         where.update({u.where for u in ran if not u.again})
         if plans:
-            errors += law_errors(apply, arrays, *inputs, keep=keep, groups=groups)
+            errors += law_errors(apply, arrays, *inputs, keep=keep, groups=groups, compiler_options=COMPILER)
             jax.clear_caches()
     return Row(
         name=entry.name,

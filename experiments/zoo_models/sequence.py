@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
+import equimo.layers.attention as equimo_attention
+import equimo.layers.norm as equimo_norm
 import equimo.models.vit as equimo_vit
 import equinox as eqx
 import flax.linen as nn
@@ -53,18 +58,50 @@ def _nnx(make: Callable[[], nnx.Module], *args: Any) -> Model:
     return apply, state, args
 
 
+class _Wide:
+    """`jax.numpy` with another dtype in the place of float32."""
+
+    def __init__(self, dtype: Any):
+        self.float32 = dtype
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jnp, name)
+
+
+@contextmanager
+def _wide(dtype: Any, *modules: ModuleType) -> Iterator[None]:
+    """Replace the float32 that equimo casts to by name: a comparison in float64 needs float64 there."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "jnp", _Wide(dtype)))
+        yield
+
+
 def _equimo(make: Callable[[], eqx.Module], *image: int) -> Model:
     model = eqx.filter_eval_shape(make)
     arrays, static = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
 
     def apply(variables: Any, images: jax.Array) -> jax.Array:
         whole = eqx.combine(variables, static)
-        return jax.vmap(lambda x: whole(x, key=jax.random.PRNGKey(0), inference=True))(images)
+        with _wide(images.dtype, equimo_attention, equimo_norm):
+            return jax.vmap(lambda x: whole(x, key=jax.random.PRNGKey(0), inference=True))(images)
 
     return apply, arrays, (_floats(BATCH, *image),)
 
 
 # Vision transformers ---------------------------------------------------------------------------------------
+
+
+def _dinov3() -> eqx.Module:
+    rotary = {
+        "strategy": "period",
+        "base": 100.0,
+        "normalize_coords": "separate",
+        "dtype": jnp.result_type(float),
+    }
+    return equimo_vit.dinov3_vits16plus_pretrain_lvd1689m(
+        num_classes=1000, local_pos_embed_config_patch=rotary, key=jax.random.PRNGKey(0)
+    )
 
 
 class LinenViT(nn.Module):
@@ -417,12 +454,12 @@ class ScannedTransformer(nn.Module):
 class BertLayer(nnx.Module):
     """A post-norm layer."""
 
-    def __init__(self, width: int, heads: int, hidden: int, rngs: nnx.Rngs):
-        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
-        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
-        self.intermediate = nnx.Linear(width, hidden, rngs=rngs)
-        self.output = nnx.Linear(hidden, width, rngs=rngs)
-        self.output_norm = nnx.LayerNorm(width, rngs=rngs)
+    def __init__(self, width: int, heads: int, hidden: int, **options: Any):
+        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, **options)
+        self.attention_norm = nnx.LayerNorm(width, **options)
+        self.intermediate = nnx.Linear(width, hidden, **options)
+        self.output = nnx.Linear(hidden, width, **options)
+        self.output_norm = nnx.LayerNorm(width, **options)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """The layer's output."""
@@ -443,15 +480,17 @@ class Bert(nnx.Module):
         hidden: int = 2048,
         positions: int = 512,
     ):
-        self.words = nnx.Embed(vocabulary, width, rngs=rngs)
-        self.positions = nnx.Embed(positions, width, rngs=rngs)
-        self.types = nnx.Embed(2, width, rngs=rngs)
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.layers = nnx.List([BertLayer(width, heads, hidden, rngs) for _ in range(depth)])
-        self.pooler = nnx.Linear(width, width, rngs=rngs)
-        self.classifier = nnx.Linear(width, 2, rngs=rngs)
-        self.transform = nnx.Linear(width, width, rngs=rngs)
-        self.transform_norm = nnx.LayerNorm(width, rngs=rngs)
+        # NNX keeps an embedding's dtype and casts to it.
+        options: dict[str, Any] = {"rngs": rngs, "param_dtype": jnp.result_type(float)}
+        self.words = nnx.Embed(vocabulary, width, **options)
+        self.positions = nnx.Embed(positions, width, **options)
+        self.types = nnx.Embed(2, width, **options)
+        self.norm = nnx.LayerNorm(width, **options)
+        self.layers = nnx.List([BertLayer(width, heads, hidden, **options) for _ in range(depth)])
+        self.pooler = nnx.Linear(width, width, **options)
+        self.classifier = nnx.Linear(width, 2, **options)
+        self.transform = nnx.Linear(width, width, **options)
+        self.transform_norm = nnx.LayerNorm(width, **options)
         self.bias = nnx.Param(jnp.zeros(vocabulary))
 
     def __call__(self, tokens: jax.Array, types: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -597,7 +636,9 @@ ANT = (27, 8)
 
 
 def _normaliser(observations: int) -> Any:
-    return jax.eval_shape(lambda: running_statistics.init_state(specs.Array((observations,), jnp.float32)))
+    """Mean and deviation alone: the counter is an integer, of which no gradient is taken."""
+    state = jax.eval_shape(lambda: running_statistics.init_state(specs.Array((observations,), jnp.float32)))
+    return running_statistics.NestedMeanStd(mean=state.mean, std=state.std)
 
 
 def _ppo() -> Model:
@@ -663,7 +704,7 @@ class NormedMLP(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """The world model of TD-MPC2 (Hansen et al. 2024), 5M preset: a rollout, as its loss and planner run it."""
+    """The world model of TD-MPC2 (Hansen et al. 2024), 5M preset, along a rollout."""
 
     actions: int
     latent: int = 512
@@ -724,18 +765,25 @@ ENTRIES: tuple[Entry, ...] = (
         "768 of the stream; per block 12 heads and 3072 neurons",
     ),
     Entry(
+        "DINOv3 ViT-S+/16",
+        "equimo 1.1.0: dinov3_vits16plus_pretrain_lvd1689m, 64×64 images",
+        lambda: _equimo(_dinov3, 3, 64, 64),
+        384 + 12 * (6 + 1536),
+        "384 of the stream (with register tokens and layer scales); per block 6 heads and 1536 gated neurons",
+    ),
+    Entry(
         "ViT-B/16 (Linen)",
         "own, Flax Linen, 64×64 images",
         lambda: _linen(LinenViT(), _floats(BATCH, 64, 64, 3)),
         768 + 12 * (_linen_attention(12, 64) + 3072),
-        "768 of the stream; per block 12 heads, 64 query-key and 64 value channels of all heads, 3072 neurons",
+        "768 of the stream; per block 12 heads, 64 query-key and 64 value channels of them all, 3072 neurons",
     ),
     Entry(
         "Swin-T",
         "own, Flax Linen",
         lambda: _linen(Swin(), _floats(1, 224, 224, 3)),
         _swin_units(),
-        "96, 192, 384, 768 of the streams; per block its heads (with their columns of the bias) and 4 × width",
+        "96, 192, 384, 768 of the streams; per block its heads (with their bias columns) and 4 × width",
     ),
     Entry(
         "MLP-Mixer S/16",
@@ -763,8 +811,8 @@ ENTRIES: tuple[Entry, ...] = (
         "penzai 0.2.5: build_llamalike_transformer",
         _penzai,
         128 + 3 * (2 + 2 + 32 // 2 + 32 + 344),
-        "128 of the stream; per block 2 key-value groups, 2 query heads of each, 16 rotary pairs of query-key "
-        "channels, 32 value channels, 344 neurons",
+        "128 of the stream; per block 2 key-value groups, 2 query heads of each, 16 rotary pairs of "
+        "query-key channels, 32 value channels, 344 neurons",
     ),
     Entry(
         "DistilGPT-2",
@@ -778,15 +826,15 @@ ENTRIES: tuple[Entry, ...] = (
         "own, Flax Linen, nn.scan over blocks",
         lambda: _linen(ScannedTransformer(), _tokens(BATCH, 6, vocabulary=1000)),
         128 + _linen_attention(4, 32) + 512,
-        "128 of the stream; 4 heads, 32 query-key and 32 value channels, 512 neurons, each for all layers at once",
+        "128 of the stream; 4 heads, 32 query-key and 32 value channels, 512 neurons, each in all layers",
     ),
     Entry(
         "BERT-small",
         "own, Flax NNX",
         _bert,
         512 + 4 * (_linen_attention(8, 64) + 2048) + 512,
-        "512 of the stream, which the transform before the tied output joins; per layer 8 heads, 64 + 64 channels "
-        "of all heads, 2048 neurons; pooler 512",
+        "512 of the stream, which the transform before the tied output joins; per layer 8 heads, 64 + 64 "
+        "channels of all heads, 2048 neurons; pooler 512",
     ),
     Entry(
         "Transformer base",
@@ -795,14 +843,14 @@ ENTRIES: tuple[Entry, ...] = (
             EncoderDecoder(), _tokens(BATCH, 6, vocabulary=37000), _tokens(BATCH, 5, vocabulary=37000, seed=1)
         ),
         512 + 18 * _linen_attention(8, 64) + 12 * 2048,
-        "one shared embedding joins both streams: 512; 18 attentions with 8 heads, 64 + 64 channels; 12 × 2048",
+        "one shared embedding joins both streams: 512; 18 attentions: 8 heads, 64 + 64 channels; 12 × 2048",
     ),
     Entry(
         "Perceiver",
         "own, Flax Linen, rounds share weights",
         lambda: _linen(Perceiver(), _floats(BATCH, 12, 20)),
         16 + 128 + _linen_attention(0, 128) + 3 * (_linen_attention(8, 16) + 128),
-        "16 latents (averaged at the end) of 128 channels; cross-attention (one head, which stays) 128 + 128; "
+        "16 latents (averaged at the end) of 128 channels; cross-attention (its one head stays) 128 + 128; "
         "3 blocks: 8 heads, 16 + 16, 128",
     ),
     Entry(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ def _nnx(make: Callable[[], nnx.Module], *args: Any) -> Callable[[], Model]:
 
 
 def _equinox(make: Callable[[], eqx.Module], *args: Any, keyed: bool = False) -> Callable[[], Model]:
-    """An Equinox model, mapped over the batch; `keyed` when its last argument is a key for the whole batch."""
+    """An Equinox model, mapped over the batch; `keyed`: its last argument is a key for the batch."""
 
     def build() -> Model:
         model = eqx.filter_eval_shape(make)
@@ -300,7 +301,7 @@ class TiedAutoencoder(eqx.Module):
     def __init__(self, key: jax.Array):
         sizes = (20, 16, 12, 6)
         keys = jax.random.split(key, 3)
-        shapes = list(zip(sizes[:-1], sizes[1:], strict=True))
+        shapes = list(itertools.pairwise(sizes))
         self.kernels = tuple(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
         self.up_biases = tuple(jnp.zeros(n) for n in sizes[1:])
         self.down_biases = tuple(jnp.zeros(n) for n in sizes[:-1])
@@ -615,8 +616,8 @@ ENTRIES: tuple[Entry, ...] = (
         "own, Flax Linen: a ShuffleNet v1 unit",
         _linen(ShuffleUnit(), _floats(BATCH, 6, 6, 3)),
         24 // 3 + 12 // 3,
-        "a grouped convolution stays grouped: one channel of each of 3 groups leaves at a time, 24 / 3 of the "
-        "stream and 12 / 3 inside",
+        "a grouped convolution stays grouped: one channel of each of its 3 groups leaves at a time, 24 / 3 "
+        "of the stream and 12 / 3 inside",
     ),
     Entry(
         "SqueezeNet fire",

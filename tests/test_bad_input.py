@@ -1,0 +1,183 @@
+"""Inputs that are odd or wrong: handled, or refused with what to do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import compaware_jax as ca
+from compaware_jax.errors import PlanError, TraceError
+from compaware_jax.law import law_errors
+
+RNG = np.random.default_rng(0)
+
+
+def two_layers(v, x):
+    return jnp.tanh(x @ v["a"]) @ v["b"]
+
+
+def variables(**more):
+    return {"a": RNG.normal(size=(3, 4)), "b": RNG.normal(size=(4, 2)), **more}
+
+
+X = RNG.normal(size=(2, 3))
+
+
+def test_leaf_that_is_no_array():
+    with pytest.raises(TraceError, match=r"`name` is str, expected an array.*functools.partial"):
+        ca.find_groups(two_layers, variables(name="net"), X)
+
+
+def test_python_number_among_the_variables():
+    with pytest.raises(TraceError, match="`scale` is float, expected an array"):
+        ca.find_groups(two_layers, variables(scale=2.0), X)
+
+
+def test_shape_that_depends_on_data():
+    def apply(v, x):
+        return two_layers(v, x[x[:, 0] > 0])
+
+    with pytest.raises(TraceError, match=r"cannot be traced.*NonConcreteBooleanIndexError"):
+        ca.find_groups(apply, variables(), X)
+
+
+def test_python_branch_on_data():
+    def apply(v, x):
+        return two_layers(v, x) if x.sum() > 0 else x @ v["a"] @ v["b"]
+
+    with pytest.raises(TraceError, match=r"cannot be traced.*TracerBoolConversionError"):
+        ca.find_groups(apply, variables(), X)
+
+
+def test_side_effects_happen_at_trace_time_only():
+    calls = []
+
+    def apply(v, x):
+        calls.append(1)
+        return two_layers(v, x)
+
+    groups = ca.find_groups(apply, variables(), X)
+    assert len(calls) == 1
+    small = jax.jit(ca.slim(apply, ca.plan_units(groups, np.arange(4) < 2)))
+    arrays = ca.shrink(variables(), ca.plan_units(groups, np.arange(4) < 2))
+    small(arrays, X)
+    small(arrays, X)
+    assert len(calls) == 2
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", [np.int8, np.bool_])
+def test_integer_and_flag_leaves(dtype):
+    """Quantised weights and pruning masks leave with their channels."""
+    quantised = variables(q=(RNG.normal(size=(3, 4)) > 0).astype(dtype), s=RNG.normal(size=4))
+
+    def apply(v, x):
+        return jnp.tanh(x @ (v["q"].astype(float) * v["s"])) @ v["b"] + 0 * v["a"].sum()
+
+    groups = ca.find_groups(apply, quantised, X)
+    plan = ca.plan_units(groups, np.isin(groups.group_of_unit, [0]) & (np.arange(groups.units) != 1))
+    small = ca.shrink(quantised, plan)
+    assert small["q"].dtype == dtype
+    assert small["q"].shape == (3, 3)
+    masked = ca.apply_mask(groups, (np.arange(groups.units) != 1).astype(float), quantised)
+    np.testing.assert_allclose(ca.slim(apply, plan)(small, X), apply(masked, X), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_complex_leaves():
+    spectral = {
+        "a": RNG.normal(size=(3, 4)) + 1j * RNG.normal(size=(3, 4)),
+        "b": RNG.normal(size=(4, 2)) + 0j,
+    }
+
+    def apply(v, x):
+        h = x @ v["a"]
+        return ((h * jnp.conj(h)) @ v["b"]).real
+
+    groups = ca.find_groups(apply, spectral, X)
+    assert groups.units == 4
+    keep = np.array([True, False, True, True])
+    plan = ca.plan_units(groups, keep)
+    masked = ca.apply_mask(groups, keep.astype(float), spectral)
+    got = ca.slim(apply, plan)(ca.shrink(spectral, plan), X)
+    np.testing.assert_allclose(got, apply(masked, X), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_empty_axes():
+    """A batch of nothing, and a layer that joins nothing."""
+
+    def apply(v, x):
+        return jnp.concatenate([jnp.tanh(x @ v["a"]), x @ v["none"]], -1) @ v["b"]
+
+    tree = variables(none=np.zeros((3, 0)))
+    groups = ca.find_groups(apply, tree, X)
+    assert groups.units == 4
+    plan = ca.plan_units(groups, np.arange(4) < 3)
+    assert ca.slim(apply, plan)(ca.shrink(tree, plan), np.zeros((0, 3))).shape == (0, 2)
+
+
+def test_output_that_shows_the_channels_keeps_them():
+    def apply(v, x):
+        h = jnp.tanh(x @ v["a"])
+        return h @ v["b"], h
+
+    groups = ca.find_groups(apply, variables(), X)
+    assert groups.units == 0
+    assert "output `1`" in str(groups)
+
+
+@pytest.mark.usefixtures("x64")
+def test_ignored_leaf_stays_as_it_is():
+    groups = ca.find_groups(two_layers, variables(spare=np.ones((4, 4))), X)
+    assert groups.unread == ("spare",)
+    plan = ca.plan_units(groups, np.arange(4) < 2)
+    assert ca.shrink(variables(spare=np.ones((4, 4))), plan)["spare"].shape == (4, 4)
+    tree = variables(spare=np.ones((4, 4)))
+    assert max(law_errors(two_layers, tree, X, keep=np.arange(4) < 2, groups=groups)) <= 1e-10
+
+
+def test_weakly_typed_inputs():
+    def apply(v, x, scale):
+        return two_layers(v, x) * scale
+
+    groups = ca.find_groups(apply, variables(), X, 2.0)
+    plan = ca.plan_units(groups, np.arange(4) < 2)
+    small = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), ca.shrink(variables(), plan))
+    assert ca.slim(apply, plan)(small, jnp.asarray(X, jnp.bfloat16), 2.0).dtype == jnp.bfloat16
+
+
+def test_rows_that_this_input_does_not_read_stay():
+    """A position table longer than the example: its other rows may be read by the next input."""
+
+    def apply(v, x):
+        return jnp.tanh(x @ v["a"] + v["positions"][: x.shape[0]]) @ v["b"]
+
+    tree = variables(positions=RNG.normal(size=(16, 4)))
+    groups = ca.find_groups(apply, tree, X)
+    assert groups.units == 4
+    assert ("positions", 0, 16) in [(f.path, f.axis, f.indices) for f in groups.fixed]
+    plan = ca.plan_units(groups, np.arange(4) < 2)
+    longer = RNG.normal(size=(9, 3))
+    assert ca.slim(apply, plan)(ca.shrink(tree, plan), longer).shape == (9, 2)
+
+
+def test_state_that_names_nothing_or_changes_shape():
+    def apply(v, x):
+        return two_layers(v, x), {"a": v["a"].T}
+
+    with pytest.raises(TraceError, match=r"state_outputs=.'2': ''. joins no output to a leaf"):
+        ca.find_groups(apply, variables(), X, state_outputs={"2": ""})
+    with pytest.raises(TraceError, match=r"the state `1/a` has shape \(4, 3\), its leaf `a` \(3, 4\)"):
+        ca.find_groups(apply, variables(), X, state_outputs={"1": ""})
+
+
+def test_plan_of_another_function():
+    groups = ca.find_groups(two_layers, variables(), X)
+    plan = ca.plan_units(groups, np.arange(4) >= 2)
+
+    def other(v, x):
+        return two_layers(v, x) + v["a"].sum(0)[:2]
+
+    with pytest.raises(PlanError, match="separates channels|needs whole"):
+        ca.slim(other, plan)(ca.shrink(variables(), plan), X)
