@@ -190,7 +190,8 @@ def combine(
 ) -> list[tuple[tuple[int, ...], np.ndarray, list[bool | None]]]:
     """Equate the factors of several operands that share their axes.
 
-    Factors that overlap without spanning the same axes are collapsed onto the axes they share.
+    Factors that overlap without spanning the same axes are collapsed onto the axes they share; where one
+    of them never leaves, the other is collapsed onto the axes that it has to itself.
 
     Returns:
       A list of (axes, ids, zero), where zero holds each operand's zero flag, or None where the operand
@@ -204,8 +205,7 @@ def combine(
             for right in pool:
                 shared = set(left[1].axes) & set(right[1].axes)
                 if shared and left[1].axes != right[1].axes:
-                    left[1] = ledger.collapse(left[1], sorted(shared))
-                    right[1] = ledger.collapse(right[1], sorted(shared))
+                    left[1], right[1] = _reconciled(ledger, left[1], right[1], shared)
                     changed = True
     merged: dict[tuple[int, ...], tuple[np.ndarray, list[bool | None]]] = {}
     for index, factor in pool:
@@ -215,6 +215,16 @@ def combine(
         ledger.equate(ids, factor.ids)
         zero[index] = factor.zero
     return [(axes, ids, zero) for axes, (ids, zero) in merged.items()]
+
+
+def _reconciled(ledger: Ledger, left: Factor, right: Factor, shared: set[int]) -> tuple[Factor, Factor]:
+    for fixed, other in ((left, right), (right, left)):
+        rest = [a for a in other.axes if a not in shared]
+        if rest and ledger.all_fixed(fixed.ids) and not ledger.all_fixed(other.ids):
+            other = ledger.collapse(other, rest)
+            return (fixed, other) if fixed is left else (other, fixed)
+    axes = sorted(shared)
+    return ledger.collapse(left, axes), ledger.collapse(right, axes)
 
 
 def minimal(axes: Sequence[int], ids: np.ndarray, zero: bool) -> Factor:

@@ -75,7 +75,16 @@ def law_errors(
         return sum(terms, jnp.zeros(())), outputs
 
     def evaluate(f: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda tree: jax.value_and_grad(lambda t: loss(f, t), has_aux=True)(tree)
+        gradient = jax.value_and_grad(lambda t: loss(f, t), has_aux=True, allow_int=True)
+
+        def run(tree: Any) -> tuple[Any, Any]:
+            values, slopes = gradient(tree)
+            # Integer leaves have no gradient; zeros stand for it.
+            return values, jax.tree.map(
+                lambda s, t: jnp.zeros(t.shape) if s.dtype == jax.dtypes.float0 else s, slopes, tree
+            )
+
+        return run
 
     (_, expected), expected_grad = jax.jit(evaluate(apply), **options)(masked)
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(expected_grad)):

@@ -11,6 +11,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import primitives as p
 
 from compaware_jax.errors import UnknownPrimitiveError
@@ -95,7 +96,7 @@ class Analysis:
 
 
 def _varies(labels: np.ndarray, position: int) -> bool:
-    return bool((labels != np.take(labels, [0], axis=position)).any())
+    return labels.shape[position] > 1 and bool((labels != np.take(labels, [0], axis=position)).any())
 
 
 def analyse(
@@ -344,7 +345,7 @@ def _number(constant: Any) -> float | None:
 
 def _positions(constant: Any) -> np.ndarray | None:
     """A constant array of integers or flags, where its value is known."""
-    if isinstance(constant, jax.core.Tracer):
+    if isinstance(constant, Tracer):
         return None
     dtype = jax.dtypes.result_type(constant)
     plain = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)

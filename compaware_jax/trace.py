@@ -19,6 +19,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import primitives as p
 from jax.extend.source_info_util import summarize
 
@@ -179,7 +180,7 @@ def on_host(array: Any) -> bool:
     """Whether an array's values can be read here and now, without a transfer from an accelerator."""
     if isinstance(array, np.ndarray):
         return True
-    concrete = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+    concrete = isinstance(array, jax.Array) and not isinstance(array, Tracer)
     return concrete and array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices())
 
 
@@ -237,7 +238,8 @@ def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) 
 def _argument_names(apply: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str, ...]:
     """Names of the arguments' leaves, by the function's own parameter names where it shows them."""
     try:
-        names = list(inspect.signature(apply).parameters)[1:]
+        parameters = list(inspect.signature(apply).parameters.values())[1:]
+        names = [x.name for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
     except (TypeError, ValueError):
         names = []
     names = names[: len(args)] + [f"argument {i + 1}" for i in range(len(names), len(args))]
@@ -339,7 +341,7 @@ class _Flattener:
         if eqn.bodies or eqn.source.effects or eqn.primitive in _NEVER_FOLDED:
             return False
         inputs = [self.constants.get(v) for v in eqn.inputs]
-        if any(x is None or isinstance(x, jax.core.Tracer) for x in inputs):
+        if any(x is None or isinstance(x, Tracer) for x in inputs):
             return False
         for value in eqn.outputs:
             aval = self.avals[value]

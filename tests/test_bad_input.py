@@ -179,5 +179,5 @@ def test_plan_of_another_function():
     def other(v, x):
         return two_layers(v, x) + v["a"].sum(0)[:2]
 
-    with pytest.raises(PlanError, match="separates channels|needs whole"):
+    with pytest.raises(PlanError, match=r"separates channels|needs whole"):
         ca.slim(other, plan)(ca.shrink(variables(), plan), X)

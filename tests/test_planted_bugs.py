@@ -10,6 +10,8 @@ import compaware_jax as ca
 from compaware_jax.law import law_errors, random_keep
 from compaware_jax.rules import RULES, Rule
 from compaware_jax.rules.families import bind, elementwise, reduction
+from tests.compiling import COMPILER
+from tests.networks import random_network
 from tests.programs import random_program
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -26,7 +28,8 @@ def outcomes(seeds=SEEDS):
         groups = ca.find_groups(apply, variables, x)
         keep = random_keep(groups, np.random.default_rng(seed))
         try:
-            results.append(max(law_errors(apply, variables, x, keep=keep, groups=groups)))
+            errors = law_errors(apply, variables, x, keep=keep, groups=groups, compiler_options=COMPILER)
+            results.append(max(errors))
         except (TypeError, ValueError, AssertionError) as error:
             results.append(error)
     return results
@@ -118,3 +121,53 @@ def test_broadcast_that_keeps_the_old_shape(monkeypatch):
         slim=lambda eqn, operands, kept: bind(eqn, [operands[0].array]),
     )
     assert crashes(outcomes())
+
+
+def miscounted(seeds=range(40)):
+    """Networks whose units are not those that their blocks say."""
+    wrong = []
+    for seed in seeds:
+        apply, variables, x, units = random_network(seed)
+        try:
+            found = ca.find_groups(apply, variables, x).units
+        except Exception as error:
+            found = error
+        if found != units:
+            wrong.append(seed)
+    return wrong
+
+
+def test_unaltered_rules_count_right():
+    assert not miscounted()
+
+
+def test_count_sees_a_contraction_that_forgets_to_tie(monkeypatch):
+    def couple(ledger, eqn, inputs):
+        left, right = inputs
+        return rule.couple(ledger, eqn, (type(left)(left.shape, (), left.uniform), right))
+
+    rule = alter(monkeypatch, p.dot_general_p, couple=couple)
+    assert miscounted()
+
+
+def test_count_sees_a_concatenation_that_ties_its_pieces(monkeypatch):
+    def couple(ledger, eqn, inputs):
+        for x in inputs[1:]:
+            for mine, first in zip(x.factors, inputs[0].factors, strict=False):
+                if mine.axes == first.axes == (eqn.params["dimension"],):
+                    ledger.equate(mine.ids.ravel()[:1], first.ids.ravel()[:1])
+        return rule.couple(ledger, eqn, inputs)
+
+    rule = alter(monkeypatch, p.concatenate_p, couple=couple)
+    assert miscounted()
+
+
+def test_count_sees_a_look_up_that_forgets_the_order(monkeypatch):
+    def couple(ledger, eqn, inputs):
+        (out,) = rule.couple(ledger, eqn, inputs)
+        for factor in out.factors:
+            ledger.equate(factor.ids.ravel()[:1], factor.ids.ravel()[-1:])
+        return [out]
+
+    rule = alter(monkeypatch, p.gather_p, couple=couple)
+    assert miscounted()

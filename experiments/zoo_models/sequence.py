@@ -12,6 +12,7 @@ from unittest import mock
 
 import equimo.layers.attention as equimo_attention
 import equimo.layers.norm as equimo_norm
+import equimo.models.mlla as equimo_mlla
 import equimo.models.vit as equimo_vit
 import equinox as eqx
 import flax.linen as nn
@@ -90,6 +91,21 @@ def _equimo(make: Callable[[], eqx.Module], *image: int) -> Model:
 
 
 # Vision transformers ---------------------------------------------------------------------------------------
+
+
+MLLA_WIDTHS, MLLA_DEPTHS = (64, 128, 256, 512), (2, 4, 8, 4)
+
+
+def _mlla() -> eqx.Module:
+    mlla: Any = equimo_mlla.Mlla
+    return mlla(
+        img_size=64,
+        in_channels=3,
+        dim=MLLA_WIDTHS[0],
+        depths=list(MLLA_DEPTHS),
+        num_heads=[2, 4, 8, 16],
+        key=jax.random.PRNGKey(0),
+    )
 
 
 def _dinov3() -> eqx.Module:
@@ -441,7 +457,7 @@ class ScannedTransformer(nn.Module):
             ScannedBlock,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.depth,
         )
         x, _ = layers(self.heads, self.hidden)(x, nn.make_causal_mask(tokens))
@@ -598,7 +614,7 @@ class LinenLSTM(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits of the next tokens."""
-        x = nn.Embed(self.vocabulary, self.width)(tokens)
+        x: Any = nn.Embed(self.vocabulary, self.width)(tokens)
         for hidden in self.hidden:
             x = nn.RNN(nn.OptimizedLSTMCell(hidden, param_dtype=x.dtype))(x)
         return nn.Dense(self.vocabulary)(x)
@@ -608,7 +624,7 @@ def haiku_language_model(core: Callable[[int], hk.RNNCore], hidden: int) -> Call
     """A recurrent language model in Haiku, unrolled by `hk.dynamic_unroll`."""
 
     def forward(tokens: jax.Array) -> jax.Array:
-        x = hk.Embed(1000, 96)(tokens)
+        x: Any = hk.Embed(1000, 96)(tokens)
         cell = core(hidden)
         x, _ = hk.dynamic_unroll(cell, x.swapaxes(0, 1), cell.initial_state(tokens.shape[0]))
         return hk.Linear(1000)(x.swapaxes(0, 1))
@@ -624,7 +640,7 @@ class ConvolutionalLSTM(nn.Module):
     @nn.compact
     def __call__(self, frames: jax.Array) -> jax.Array:
         """The next frames; frames are (batch, time, height, width, 1)."""
-        x = frames
+        x: Any = frames
         for channels in self.channels:
             x = nn.RNN(nn.ConvLSTMCell(channels, (3, 3), param_dtype=x.dtype))(x)
         return nn.Conv(frames.shape[-1], (3, 3))(x)
@@ -633,16 +649,17 @@ class ConvolutionalLSTM(nn.Module):
 # Agents ----------------------------------------------------------------------------------------------------
 
 ANT = (27, 8)
+NORMALISE: Any = running_statistics.normalize
 
 
 def _normaliser(observations: int) -> Any:
-    """Mean and deviation alone: the counter is an integer, of which no gradient is taken."""
+    """The mean and deviation alone: the counter is an integer, of which no gradient is taken."""
     state = jax.eval_shape(lambda: running_statistics.init_state(specs.Array((observations,), jnp.float32)))
     return running_statistics.NestedMeanStd(mean=state.mean, std=state.std)
 
 
 def _ppo() -> Model:
-    nets = ppo.make_ppo_networks(*ANT, preprocess_observations_fn=running_statistics.normalize)
+    nets = ppo.make_ppo_networks(*ANT, preprocess_observations_fn=NORMALISE)
     variables = {
         "normaliser": _normaliser(ANT[0]),
         "policy": jax.eval_shape(nets.policy_network.init, jax.random.key(0)),
@@ -659,7 +676,7 @@ def _ppo() -> Model:
 def _sac() -> Model:
     nets = sac.make_sac_networks(
         *ANT,
-        preprocess_observations_fn=running_statistics.normalize,
+        preprocess_observations_fn=NORMALISE,
         policy_network_layer_norm=True,
         q_network_layer_norm=True,
     )
@@ -724,7 +741,7 @@ class WorldModel(nn.Module):
             NormedMLP,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=None,
+            in_axes=None,  # pyright: ignore[reportArgumentType]
             axis_size=self.critics,
         )
         critics = ensemble(two, self.bins, name="critics")
@@ -768,8 +785,18 @@ ENTRIES: tuple[Entry, ...] = (
         "DINOv3 ViT-S+/16",
         "equimo 1.1.0: dinov3_vits16plus_pretrain_lvd1689m, 64×64 images",
         lambda: _equimo(_dinov3, 3, 64, 64),
-        384 + 12 * (6 + 1536),
-        "384 of the stream (with register tokens and layer scales); per block 6 heads and 1536 gated neurons",
+        384 + 4 + 12 * (6 + 1536),
+        "384 of the stream (with its layer scales); 4 register tokens; per block 6 heads, 1536 gated neurons",
+    ),
+    Entry(
+        "MLLA-T",
+        "equimo 1.1.0: Mlla, 64×64 images",
+        lambda: _equimo(_mlla, 3, 64, 64),
+        4 * 32
+        + sum(MLLA_WIDTHS[1:]) * (1 + 4)
+        + sum(4 * w * d for w, d in zip(MLLA_WIDTHS, MLLA_DEPTHS, strict=True)),
+        "4 stem layers of 32 norm groups, the last of them the first stream; streams 128, 256, 512, 4 × as "
+        "many channels in the merges; per block 4 × width. This release drops what its attention computes",
     ),
     Entry(
         "ViT-B/16 (Linen)",

@@ -319,7 +319,7 @@ class TiedAutoencoder(eqx.Module):
 class ShuffleUnit(nn.Module):
     """A ShuffleNet v1 unit: grouped 1×1, channel shuffle, depthwise 3×3, grouped 1×1, residual."""
 
-    groups: int = 3
+    groups: int
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -500,6 +500,137 @@ class SqueezeExcite(eqx.Module):
         return self.head(x.mean((1, 2)))
 
 
+class SubPixel(nn.Module):
+    """ESPCN (Shi et al. 2016): channels become pixels, so one channel behind stands for four before."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Images of twice the size, NHWC."""
+        x = jnp.tanh(nn.Conv(12, (3, 3))(images))
+        x = nn.Conv(4 * 8, (3, 3))(x)
+        batch, height, width, _ = x.shape
+        x = x.reshape(batch, height, width, 2, 2, 8).transpose(0, 1, 3, 2, 4, 5)
+        return nn.Conv(3, (3, 3))(nn.relu(x.reshape(batch, 2 * height, 2 * width, 8)))
+
+
+class PaddedShortcut(nnx.Module):
+    """ResNet for CIFAR with option A: a shortcut that pads its channels with zeros on both sides."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.stem = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.first = nnx.Conv(8, 10, (3, 3), strides=2, rngs=rngs)
+        self.second = nnx.Conv(10, 16, (3, 3), rngs=rngs)
+        self.head = nnx.Linear(16, 4, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits of a batch of NHWC images."""
+        x = nnx.relu(self.stem(x))
+        shortcut = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (4, 4)))
+        x = nnx.relu(shortcut + self.second(nnx.relu(self.first(x))))
+        return self.head(x.mean((1, 2)))
+
+
+class Normalised(nn.Module):
+    """Weight normalisation, maxout, and a classifier on cosines."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits."""
+        x = nn.relu(nn.WeightNorm(nn.Dense(12))(x))
+        x = nn.Dense(3 * 7)(x).reshape(x.shape[0], 7, 3).max(-1)
+        x = nn.Dense(9)(x)
+        x = x / jnp.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+        kernel = self.param("prototypes", nn.initializers.lecun_normal(), (9, 4))
+        return 10 * x @ (kernel / jnp.sqrt((kernel * kernel).sum(0) + 1e-6))
+
+
+class Recomputed(nn.Module):
+    """Residual blocks under `nn.remat`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits."""
+        block = nn.remat(RecomputedBlock)
+        x = nn.Dense(12)(x)
+        for hidden in (18, 15):
+            x = block(hidden)(x)
+        return nn.Dense(3)(x)
+
+
+class RecomputedBlock(nn.Module):
+    """A residual block with RMSNorm."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The block's output."""
+        return x + nn.Dense(x.shape[-1])(nn.silu(nn.Dense(self.hidden)(nn.RMSNorm()(x))))
+
+
+class BothDirections(nn.Module):
+    """A bidirectional GRU over an embedding."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Class logits."""
+        x = nn.Embed(40, 8)(tokens)
+        forward, backward = (nn.RNN(nn.GRUCell(n, param_dtype=x.dtype)) for n in (10, 7))
+        both: Any = nn.Bidirectional(forward, backward)(x)
+        return nn.Dense(3)(both.mean(1))
+
+
+class MinimalGRU(eqx.Module):
+    """minGRU (Feng et al. 2024): a gated linear recurrence by `jax.lax.associative_scan`."""
+
+    embed: eqx.nn.Linear
+    gate: eqx.nn.Linear
+    candidate: eqx.nn.Linear
+    head: eqx.nn.Linear
+
+    def __init__(self, key: jax.Array):
+        keys = jax.random.split(key, 4)
+        self.embed = eqx.nn.Linear(5, 8, key=keys[0])
+        self.gate = eqx.nn.Linear(8, 12, key=keys[1])
+        self.candidate = eqx.nn.Linear(8, 12, key=keys[2])
+        self.head = eqx.nn.Linear(12, 3, key=keys[3])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Outputs along one sequence (time, features)."""
+        x = jax.vmap(self.embed)(x)
+        gate = jax.nn.sigmoid(jax.vmap(self.gate)(x))
+        update = gate * jax.vmap(self.candidate)(x)
+
+        def compose(left: Any, right: Any) -> Any:
+            return left[0] * right[0], left[1] * right[0] + right[1]
+
+        _, hidden = jax.lax.associative_scan(compose, (1 - gate, update))
+        return jax.vmap(self.head)(hidden)
+
+
+def sorted_set(x: jax.Array) -> jax.Array:
+    """A set encoder with sorted pooling (FSPool) and the best two elements by a learned score."""
+    h = jax.nn.relu(hk.Linear(12)(x))
+    weights = hk.get_parameter("weights", (x.shape[1], 12), init=jnp.ones)
+    pooled = (jnp.sort(h, axis=1) * weights).sum(1)
+    score = hk.Linear(1)(h)[..., 0]
+    _, best = jax.lax.top_k(score, 2)
+    chosen = jnp.take_along_axis(h, best[..., None], axis=1).mean(1)
+    return hk.Linear(3)(jnp.concatenate([pooled, chosen], -1))
+
+
+class Fourier(nn.Module):
+    """An FNet block (Lee-Thorp et al. 2022): Fourier transforms over tokens and channels mix the stream."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Class logits of a batch of sequences."""
+        x = nn.Dense(16)(x)
+        x = nn.LayerNorm()(x + jnp.fft.fft2(x).real)
+        x = nn.LayerNorm()(x + nn.Dense(16)(nn.gelu(nn.Dense(24)(x))))
+        return nn.Dense(3)(x.mean(1))
+
+
 def _tokens(*shape: int, below: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, below, shape).astype(np.int32)
 
@@ -612,12 +743,19 @@ ENTRIES: tuple[Entry, ...] = (
         "16 and 12, each shared by encoder and decoder; latent 6",
     ),
     Entry(
-        "Channel shuffle",
+        "Channel shuffle, 2 groups",
         "own, Flax Linen: a ShuffleNet v1 unit",
-        _linen(ShuffleUnit(), _floats(BATCH, 6, 6, 3)),
-        24 // 3 + 12 // 3,
-        "a grouped convolution stays grouped: one channel of each of its 3 groups leaves at a time, 24 / 3 "
-        "of the stream and 12 / 3 inside",
+        _linen(ShuffleUnit(2), _floats(BATCH, 6, 6, 3)),
+        24 // 2 + 12 // 2**2,
+        "grouped layers lose one channel per group at a time: 24 / 2 of the stream; inside, the shuffle "
+        "joins those of the layer before to those of the layer behind: 12 / 4",
+    ),
+    Entry(
+        "Channel shuffle, 3 groups",
+        "own, Flax Linen: a ShuffleNet v1 unit",
+        _linen(ShuffleUnit(3), _floats(BATCH, 6, 6, 3)),
+        24 // 3,
+        "24 / 3 of the stream; inside, 4 per group is no multiple of 3, so the shuffle joins all 12",
     ),
     Entry(
         "SqueezeNet fire",
@@ -681,5 +819,61 @@ ENTRIES: tuple[Entry, ...] = (
         _equinox(lambda: SqueezeExcite(KEY(0)), _floats(BATCH, 3, 6, 6)),
         12 + 4 + 8,
         "12 with the depthwise kernel and the gate; squeeze 4; pointwise 8",
+    ),
+    Entry(
+        "Sub-pixel convolution",
+        "own, Flax Linen",
+        _linen(SubPixel(), _floats(BATCH, 6, 6, 3)),
+        12 + 8,
+        "12; 8 channels behind the shuffle, of 4 before it each",
+    ),
+    Entry(
+        "Padded shortcut",
+        "own, Flax NNX: ResNet for CIFAR, option A",
+        _nnx(lambda: PaddedShortcut(nnx.Rngs(0)), _floats(BATCH, 8, 8, 3)),
+        8 + (16 - 8) + 10,
+        "8 of both streams, 8 that the shortcut pads, inner 10",
+    ),
+    Entry(
+        "Weight norm, maxout, cosines",
+        "own, Flax Linen",
+        _linen(Normalised(), _floats(4, 5)),
+        12 + 7 + 9,
+        "12; 7 maxout units of 3 columns; 9",
+    ),
+    Entry(
+        "Recomputed blocks",
+        "own, Flax Linen: nn.remat",
+        _linen(Recomputed(), _floats(4, 5)),
+        12 + 18 + 15,
+        "stream 12; inner 18, 15",
+    ),
+    Entry(
+        "Bidirectional GRU",
+        "own, Flax Linen: nn.Bidirectional",
+        _linen(BothDirections(), _tokens(BATCH, 5, below=40)),
+        8 + 10 + 7,
+        "8 of the embedding; hidden 10 and 7",
+    ),
+    Entry(
+        "minGRU",
+        "own, Equinox: jax.lax.associative_scan",
+        _equinox(lambda: MinimalGRU(KEY(0)), _floats(BATCH, 6, 5)),
+        8 + 12,
+        "8; 12 with the gate and the candidate",
+    ),
+    Entry(
+        "Sorted set",
+        "own, Haiku: sort, top_k, take_along_axis",
+        _haiku(sorted_set, _floats(BATCH, 6, 5)),
+        12,
+        "12 in both halves of the concatenation",
+    ),
+    Entry(
+        "Fourier mixing",
+        "own, Flax Linen: an FNet block",
+        _linen(Fourier(), _floats(BATCH, 6, 5)),
+        24,
+        "inner 24; every channel of the stream reaches every other by the transform",
     ),
 )

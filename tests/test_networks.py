@@ -1,0 +1,34 @@
+"""Networks of blocks: the law holds, and the units are exactly those that the blocks say.
+
+Fewer units would tie channels that could leave separately, more would release channels that cannot.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import compaware_jax as ca
+from compaware_jax.law import law_errors, random_keep
+from tests.compiling import COMPILER
+from tests.networks import random_network
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@pytest.mark.parametrize("part", range(4))
+@settings(
+    max_examples=36,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(number=st.integers(0, 2**29))
+def test_units_and_law(part, number):
+    apply, variables, x, units = random_network(4 * number + part)
+    groups = ca.find_groups(apply, variables, x, strict=True)
+    assert groups.units == units
+    keep = random_keep(groups, np.random.default_rng(number))
+    errors = law_errors(apply, variables, x, keep=keep, groups=groups, compiler_options=COMPILER)
+    assert max(errors) <= 1e-10
