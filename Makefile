@@ -21,7 +21,11 @@ check:
 	$(BIN)/pytest -n 2
 
 bench: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[zoo]'
 	$(BIN)/python experiments/bench_convolutions.py
+	$(BIN)/python experiments/bench_discovery.py
+	$(BIN)/python experiments/bench_speed.py
+	$(BIN)/python experiments/zoo.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -80,6 +80,7 @@ class Ledger:
     _fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
     _inexact: list[tuple[np.ndarray, str]] = field(default_factory=list)
     _flags: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    _doubted: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
     def chosen(self, choice: Choice) -> bool:
         """Whether to cut along the other axes of a joint factor than is usual.
@@ -94,6 +95,7 @@ class Ledger:
         start, self.size = self.size, self.size + int(np.prod(shape))
         if self.size > len(self._flags):
             self._flags = np.concatenate([self._flags, np.zeros(self.size, bool)])
+            self._doubted = np.concatenate([self._doubted, np.zeros(self.size, bool)])
         return np.arange(start, self.size).reshape(shape)
 
     def fix(self, ids: np.ndarray, reason: str) -> None:
@@ -112,9 +114,15 @@ class Ledger:
         """Whether every one of these atoms has been fixed directly (equalities are not followed)."""
         return bool(self._flags[ids].all())
 
+    def stays(self, ids: np.ndarray) -> bool:
+        """Whether every one of these atoms has been fixed or marked inexact directly."""
+        return bool((self._flags[ids] | self._doubted[ids]).all())
+
     def mark_inexact(self, ids: np.ndarray, reason: str) -> None:
         """Say that removing these atoms is not what masking them does (0/0, 1/0), and why."""
-        self._inexact.append((np.unique(ids), reason))
+        flat = np.unique(ids)
+        self._doubted[flat] = True
+        self._inexact.append((flat, reason))
 
     @property
     def doubts(self) -> int:
@@ -220,7 +228,7 @@ def combine(
 def _reconciled(ledger: Ledger, left: Factor, right: Factor, shared: set[int]) -> tuple[Factor, Factor]:
     for fixed, other in ((left, right), (right, left)):
         rest = [a for a in other.axes if a not in shared]
-        if rest and ledger.all_fixed(fixed.ids) and not ledger.all_fixed(other.ids):
+        if rest and ledger.stays(fixed.ids) and not ledger.stays(other.ids):
             other = ledger.collapse(other, rest)
             return (fixed, other) if fixed is left else (other, fixed)
     axes = sorted(shared)

@@ -102,6 +102,74 @@ def attention() -> Model:
     return apply, variables, (np.random.default_rng(11).normal(size=(2, 3, 5)),)
 
 
+def recurrent() -> Model:
+    """Token embedding, a gated recurrent layer, scores: the state is one group, the stream another."""
+    shapes = {"embed": (9, 4), "in": {"w": (4, 10), "u": (5, 10), "b": (10,)}, "head": (5, 9)}
+    variables = _draw(shapes, seed=12)
+
+    def apply(v: Any, tokens: jax.Array) -> jax.Array:
+        x = v["embed"][tokens]
+
+        def cell(state: jax.Array, now: jax.Array) -> tuple[jax.Array, jax.Array]:
+            gate, new = jnp.split(now @ v["in"]["w"] + state @ v["in"]["u"] + v["in"]["b"], 2, -1)
+            state = state + jax.nn.sigmoid(gate) * (jnp.tanh(new) - state)
+            return state, state
+
+        _, states = lax.scan(cell, jnp.zeros((x.shape[0], 5)), x.swapaxes(0, 1))
+        return states.swapaxes(0, 1) @ v["head"]
+
+    return apply, variables, (np.random.default_rng(13).integers(0, 9, (2, 3)),)
+
+
+def grouped_query() -> Model:
+    """Two key-value heads for four query heads: a pair of query heads leaves with its key-value head."""
+    shapes = {"embed": (5, 6), "q": (6, 8), "k": (6, 4), "v": (6, 4), "o": (8, 6), "head": (6, 2)}
+    variables = _draw(shapes, seed=14)
+
+    def apply(v: Any, x: jax.Array) -> jax.Array:
+        h = x @ v["embed"]
+        q = (h @ v["q"]).reshape(*h.shape[:2], 4, 2)
+        k, u = ((h @ v[n]).reshape(*h.shape[:2], 2, 2).repeat(2, 2) for n in "kv")
+        weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+        mixed = jnp.einsum("bhts,bshd->bthd", weights, u).reshape(*h.shape[:2], 8)
+        return (h + mixed @ v["o"]).mean(1) @ v["head"]
+
+    return apply, variables, (np.random.default_rng(15).normal(size=(2, 3, 5)),)
+
+
+def stacked() -> Model:
+    """Layers run by `scan` over stacked weights: a hidden unit leaves from every layer at once."""
+    variables = _draw({"in": (5, 4), "up": (3, 4, 6), "down": (3, 6, 4), "head": (4, 2)}, seed=16)
+
+    def apply(v: Any, x: jax.Array) -> jax.Array:
+        def layer(h: jax.Array, w: Any) -> tuple[jax.Array, None]:
+            return h + jnp.tanh(h @ w[0]) @ w[1], None
+
+        return lax.scan(layer, x @ v["in"], (v["up"], v["down"]))[0] @ v["head"]
+
+    return apply, variables, (np.random.default_rng(17).normal(size=(4, 5)),)
+
+
+def mobile() -> Model:
+    """Depthwise convolution, pooling, squeeze-and-excite: channels go through, the squeeze is its own."""
+    variables = _draw(
+        {"stem": (3, 3, 2, 6), "depth": (3, 3, 1, 6), "squeeze": (6, 3), "excite": (3, 6), "head": (6, 2)},
+        seed=18,
+    )
+    dims = ("NHWC", "HWIO", "NHWC")
+
+    def apply(v: Any, x: jax.Array) -> jax.Array:
+        h = jax.nn.relu(lax.conv_general_dilated(x, v["stem"], (1, 1), "SAME", dimension_numbers=dims))
+        h = lax.conv_general_dilated(
+            h, v["depth"], (1, 1), "SAME", dimension_numbers=dims, feature_group_count=h.shape[-1]
+        )
+        h = lax.reduce_window(h, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "SAME")
+        gate = jax.nn.sigmoid(jax.nn.relu(h.mean((1, 2)) @ v["squeeze"]) @ v["excite"])
+        return (h * gate[:, None, None]).mean((1, 2)) @ v["head"]
+
+    return apply, variables, (np.random.default_rng(19).normal(size=(2, 4, 4, 2)),)
+
+
 MODELS: dict[str, Callable[[], Model]] = {
     "mlp": mlp,
     "residual": residual,
@@ -109,4 +177,8 @@ MODELS: dict[str, Callable[[], Model]] = {
     "gated": gated,
     "concatenated": concatenated,
     "attention": attention,
+    "recurrent": recurrent,
+    "grouped_query": grouped_query,
+    "stacked": stacked,
+    "mobile": mobile,
 }

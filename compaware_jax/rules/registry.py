@@ -76,6 +76,30 @@ def register_rule(
       couple: its coupling.
       slim: its slimming; None runs it at full width, which is always exact.
       work: its multiply-add count as a product of axis sizes.
+
+    Example:
+      A primitive that swaps neighbours along its last axis. Coupling does to the atoms what it does to
+      the values; at full width it is always exact, so `slim` can wait.
+
+      >>> import jax, jax.numpy as jnp, numpy as np
+      >>> from jax.extend.core import Primitive
+      >>> import compaware_jax as ca
+      >>> from compaware_jax.factors import Factor, Tracked
+      >>> swap_p = Primitive("swap_neighbours")
+      >>> swap = lambda x: x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+      >>> _ = swap_p.def_impl(swap), swap_p.def_abstract_eval(lambda x: x)
+      >>> def couple(ledger, eqn, inputs):
+      ...     last = len(inputs[0].shape) - 1
+      ...     return [Tracked(inputs[0].shape, tuple(
+      ...         Factor(f.axes, swap(f.ids), f.zero) if f.axes == (last,) else f
+      ...         for f in inputs[0].factors))]
+      >>> ca.register_rule(swap_p, couple)
+      >>> net = lambda v, x: swap_p.bind(x @ v["a"]) @ v["b"]
+      >>> v = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> groups = ca.find_groups(net, v, jnp.ones((1, 3)), strict=True)
+      >>> plan = ca.plan_units(groups, jnp.array([False, True, True, True]))
+      >>> dict(zip(("a", "b"), plan.kept))
+      {'a': (None, (1, 2, 3)), 'b': ((0, 2, 3), None)}
     """
     RULES[primitive] = Rule(couple, slim, work)
 
