@@ -85,27 +85,15 @@ def _couple_gather(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> 
     for factor in followed:
         assert indices.known is not None
         factors.append(_follow(eqn, factor, indices.known, whole))
-    last = len(indices.shape) - 1
-    from_indices = _passed(
-        ledger, Tracked(indices.shape, indices.factors), of_indices, f"an index of {eqn.where}"
-    )
+    from_indices = _passed(ledger, indices, of_indices, f"an index of {eqn.where}")
     factors = [
-        Factor(axes, ids, all(flag is not False for flag in flags) and flags[0] is not None)
-        for axes, ids, flags in combine(ledger, [tuple(factors), tuple(from_indices)])
+        Factor(axes, ids, bool(mine) and theirs is not False)
+        for axes, ids, (mine, theirs) in combine(ledger, [tuple(factors), tuple(from_indices)])
     ]
-    assert last not in of_indices
-    reason = f"a window taken by index in {eqn.where}"
-    covered = {a for f in factors for a in f.axes} | set(passes.values()) | set(of_indices.values())
-    if not followed:
-        factors += _fixed_elsewhere(ledger, eqn.out_shapes[0], covered, reason)
-        # Where fixed atoms are looked up, what comes out is fixed as well.
-        if x.factors and indices.known is None:
-            looked_up = [out for b, out in of_indices.items() if out not in passes.values()]
-            taken = {a for f in factors for a in f.axes}
-            others = set(range(len(eqn.out_shapes[0]))) - set(looked_up)
-            factors += _fixed_elsewhere(
-                ledger, eqn.out_shapes[0], others | taken, f"looked up by index in {eqn.where}"
-            )
+    if not followed and any(set(f.axes) - set(passes) for f in x.factors):
+        # What is taken from an axis that stays whole stays whole.
+        covered = {a for f in factors for a in f.axes} | set(passes.values())
+        factors += _fixed_elsewhere(ledger, eqn.out_shapes[0], covered, f"looked up by index in {eqn.where}")
     return [freed(ledger, eqn.out_shapes[0], factors, x.uniform, eqn.where)]
 
 
