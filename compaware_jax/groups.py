@@ -8,6 +8,7 @@ consecutive; arrays "over units" in the rest of the package use that numbering.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from compaware_jax.trace import named_leaves
 
 # Several collections stand beside one another; a component is a module, not a collection.
 COLLECTIONS = frozenset({"params", "batch_stats", "cache", "intermediates", "state"})
+
+# More fixed axes than this are counted by reason instead of listed.
+_LISTED = 30
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,11 @@ class FixedAxis:
     axis: int
     indices: int
     reason: str
+
+    @property
+    def kind(self) -> str:
+        """The reason without the place, to count by."""
+        return re.split(r" (?:of|in|by) `| \(", self.reason)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,9 +204,19 @@ class Groups:
         header = ("component", "group", "units", "kind", "parameters/unit", "axes (× indices/unit)")
         title = f"{len(self.groups)} groups, {self.units} units, {parameters:,} parameters"
         tables = [text_table(header, rows, title)]
-        if self.fixed:
+        if 0 < len(self.fixed) <= _LISTED:
             fixed = [(f"{f.path}[{f.axis}]", f.indices, f.reason) for f in self.fixed]
             tables.append(text_table(("axis that stays whole", "indices", "because"), fixed))
+        elif self.fixed:
+            kinds: dict[str, list[FixedAxis]] = {}
+            for axis in self.fixed:
+                kinds.setdefault(axis.kind, []).append(axis)
+            counted = [
+                (len(axes), kind, f"{axes[0].path}[{axes[0].axis}]", axes[0].reason)
+                for kind, axes in kinds.items()
+            ]
+            header = ("axes that stay whole", "because", "first of them", "in full")
+            tables.append(text_table(header, counted))
         if self.unread:
             tables.append("never read by the function: " + ", ".join(self.unread))
         return "\n\n".join(tables)

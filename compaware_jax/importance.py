@@ -58,7 +58,9 @@ def l1(groups: Groups, variables: Any) -> Float[Array, " units"]:
 
 
 def _absolute(x: Any) -> Any:
-    return np.abs(x) if on_host(x) else jnp.abs(x)
+    # Sums of narrow floats lose what they add; float32 at least.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return np.abs(np.asarray(x, wide)) if on_host(x) else jnp.abs(jnp.asarray(x, wide))
 
 
 def l2(groups: Groups, variables: Any) -> Float[Array, " units"]:
@@ -72,7 +74,7 @@ def l2(groups: Groups, variables: Any) -> Float[Array, " units"]:
 
 
 def _square(x: Any) -> Any:
-    return np.square(x) if on_host(x) else jnp.square(x)
+    return _absolute(x) ** 2
 
 
 def random(groups: Groups, key: jax.Array) -> Float[Array, " units"]:

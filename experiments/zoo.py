@@ -142,7 +142,7 @@ def measure(entry: Entry, plans: int, strict: bool) -> Row:
         law=max(errors) if errors else None,
         uncut=sorted(where),
         uncut_flops=share,
-        fixed=dict(Counter(_plain(axis.reason) for axis in groups.fixed).most_common()),
+        fixed=dict(Counter(axis.kind for axis in groups.fixed).most_common()),
         unknown=list(groups.analysis.unknown),
     )
 
@@ -150,11 +150,6 @@ def measure(entry: Entry, plans: int, strict: bool) -> Row:
 def _widened(x: Any) -> Any:
     floating = jnp.issubdtype(x.dtype, jnp.floating)
     return jax.ShapeDtypeStruct(x.shape, jnp.float64 if floating else x.dtype)
-
-
-def _plain(reason: str) -> str:
-    """A reason without the place, to count by."""
-    return reason.split(" of `")[0].split(" in `")[0].split(" by `")[0].split(" (")[0]
 
 
 def table(rows: list[Row]) -> str:

@@ -132,3 +132,13 @@ def test_variables_that_do_not_fit():
         ca.find_groups(apply, variables, *args)
     with pytest.raises(TraceError, match="`first` is str, expected an array"):
         ca.find_groups(apply, {"first": "w"}, *args)
+
+
+def test_many_axes_that_stay_whole_are_counted_by_reason(monkeypatch):
+    apply, variables, args = MODELS["convolutional"]()
+    groups = ca.find_groups(apply, variables, *args)
+    monkeypatch.setattr("compaware_jax.groups._LISTED", 2)
+    text = str(groups)
+    assert "first of them" in text
+    assert " spatial axis of the kernel " in text
+    assert {f.kind for f in groups.fixed} >= {"spatial axis of the kernel", "output of the function"}
