@@ -58,8 +58,21 @@ def _form(x: Tracked) -> set[tuple[tuple[int, ...], bool]]:
 
 
 def _scan_parts(eqn: Equation, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    """Constants, initial carry and sequences.
+
+    Told apart by rank, because the parameters that say it changed between JAX versions: a sequence has an
+    axis more outside the body than inside.
+    """
+    inner = eqn.params["jaxpr"]
+    inner = getattr(inner, "jaxpr", inner)
+    sequences = _ranked(eqn.in_shapes, inner.invars)
+    carry = len(inner.outvars) - _ranked(eqn.out_shapes, inner.outvars)
+    consts = len(inner.invars) - sequences - carry
     return list(items[:consts]), list(items[consts : consts + carry]), list(items[consts + carry :])
+
+
+def _ranked(outside: Sequence[tuple[int, ...]], inside: Sequence[Any]) -> int:
+    return sum(len(shape) > len(var.aval.shape) for shape, var in zip(outside, inside, strict=True))
 
 
 def _couple_scan(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked], read: Read) -> list[Tracked]:
