@@ -177,13 +177,10 @@ def _renumbered(groups: Groups, listed: list[Group], alias: np.ndarray) -> Group
         offset += group.units
     new[:-1] = new[alias]
 
-    def moved(units: np.ndarray) -> np.ndarray:
-        return new[units]
-
     return replace(
         groups,
         groups=tuple(placed),
-        units_of=tuple(tuple(moved(units) for units in axes) for axes in groups.units_of),
-        guarded=tuple(np.unique(moved(units)) for units in groups.guarded),
-        unit_of_class=moved(groups.unit_of_class),
+        units_of=tuple(tuple(new[units] for units in axes) for axes in groups.units_of),
+        guarded=tuple(np.unique(new[units]) for units in groups.guarded),
+        unit_of_class=new[groups.unit_of_class],
     )

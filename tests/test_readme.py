@@ -13,9 +13,8 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "package"), [("linen", "flax"), ("nnx", "flax"), ("haiku", "haiku"), ("equinox", "equinox")]
-)
-def test_example(name, package):
-    pytest.importorskip(package)
-    exec(compile(EXAMPLES[name], f"README, {name}", "exec"), {})
+@pytest.mark.parametrize("name", ["linen", "nnx", "haiku", "equinox"])
+def test_example(name):
+    made = {}
+    exec(compile(EXAMPLES[name], f"README, {name}", "exec"), made)
+    assert made["plan"].counts[0][1:] == (8, 16)

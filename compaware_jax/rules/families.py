@@ -133,6 +133,16 @@ def _cut_within(ledger: Ledger, factor: Factor, kept_axes: Sequence[int]) -> boo
     return True
 
 
+def fixed_elsewhere(ledger: Ledger, shape: tuple[int, ...], free: Iterable[int], reason: str) -> list[Factor]:
+    """Factors that never leave, for the axes of a shape that are not among the free ones."""
+    done = set(free)
+    return [
+        Factor((a,), ledger.fresh_fixed(n, reason=reason), True)
+        for a, n in enumerate(shape)
+        if n > 1 and a not in done
+    ]
+
+
 def freed(
     ledger: Ledger,
     shape: tuple[int, ...],

@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
-from compaware_jax.rules.families import bind, cut, freed, small_shape, take
+from compaware_jax.rules.families import bind, cut, fixed_elsewhere, freed, take
 from compaware_jax.rules.registry import Kept, Small, register_rule
 from compaware_jax.trace import Equation
 
@@ -37,18 +37,6 @@ def _passed(
         else:
             ledger.fix(factor.ids, reason)
     return factors
-
-
-def _fixed_elsewhere(
-    ledger: Ledger, shape: tuple[int, ...], free: Iterable[int], reason: str
-) -> list[Factor]:
-    """Factors that never leave, for the axes of a shape that are not among the free ones."""
-    done = set(free)
-    return [
-        Factor((a,), ledger.fresh_fixed(n, reason=reason), True)
-        for a, n in enumerate(shape)
-        if n > 1 and a not in done
-    ]
 
 
 # --- gather -------------------------------------------------------------------------------------------
@@ -93,7 +81,7 @@ def _couple_gather(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> 
     if not followed and any(set(f.axes) - set(passes) for f in x.factors):
         # What is taken from an axis that stays whole stays whole.
         covered = {a for f in factors for a in f.axes} | set(passes.values())
-        factors += _fixed_elsewhere(ledger, eqn.out_shapes[0], covered, f"looked up by index in {eqn.where}")
+        factors += fixed_elsewhere(ledger, eqn.out_shapes[0], covered, f"looked up by index in {eqn.where}")
     return [freed(ledger, eqn.out_shapes[0], factors, x.uniform, eqn.where)]
 
 
@@ -201,7 +189,7 @@ def _couple_scatter(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) ->
             updates.uniform == 0 if theirs is None else theirs
         )
         factors.append(Factor(axes, ids, zero))
-    factors += _fixed_elsewhere(ledger, x.shape, passes.values(), reason)
+    factors += fixed_elsewhere(ledger, x.shape, passes.values(), reason)
     return [Tracked(x.shape, tuple(factors))]
 
 
@@ -244,7 +232,7 @@ def _couple_dynamic_slice(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracke
             start = known[axis] or 0
             ids = np.take(ids, np.arange(start, start + sizes[axis]), axis=position)
         factors.append(Factor(factor.axes, ids, factor.zero))
-    factors += _fixed_elsewhere(ledger, eqn.out_shapes[0], passes, reason)
+    factors += fixed_elsewhere(ledger, eqn.out_shapes[0], passes, reason)
     return [freed(ledger, eqn.out_shapes[0], factors, x.uniform, eqn.where)]
 
 
@@ -279,16 +267,13 @@ def _couple_update(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> 
             part.uniform == 0 if flag is None else flag for flag, part in zip(flags, (x, update), strict=True)
         )
         factors.append(Factor(axes, ids, zero))
-    factors += _fixed_elsewhere(ledger, x.shape, passes, reason)
+    factors += fixed_elsewhere(ledger, x.shape, passes, reason)
     return [Tracked(x.shape, tuple(factors))]
 
 
 def _slim_update(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
     x, update, *starts = operands
-    full = small_shape(eqn.out_shapes[0], kept[0])
-    arrays = [cut(x, kept[0]), cut(update, kept[0])]
-    assert arrays[0].shape == full
-    return bind(eqn, [*arrays, *(s.array for s in starts)])
+    return bind(eqn, [cut(x, kept[0]), cut(update, kept[0]), *(s.array for s in starts)])
 
 
 register_rule(p.dynamic_update_slice_p, _couple_update, _slim_update)

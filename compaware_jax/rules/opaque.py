@@ -9,8 +9,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 
-from compaware_jax.factors import Factor, Ledger, Tracked
-from compaware_jax.rules.families import bind
+from compaware_jax.factors import Ledger, Tracked
+from compaware_jax.rules.families import bind, fixed_elsewhere
 from compaware_jax.rules.registry import Kept, Small, register_rule
 from compaware_jax.trace import Equation
 
@@ -73,15 +73,7 @@ def _couple_whole(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> l
     for x in inputs:
         for factor in x.factors:
             ledger.fix(factor.ids, reason)
-    return [
-        Tracked(
-            shape,
-            tuple(
-                Factor((a,), ledger.fresh_fixed(n, reason=reason), True) for a, n in enumerate(shape) if n > 1
-            ),
-        )
-        for shape in eqn.out_shapes
-    ]
+    return [Tracked(shape, tuple(fixed_elsewhere(ledger, shape, (), reason))) for shape in eqn.out_shapes]
 
 
 for primitive in (
@@ -102,11 +94,7 @@ def _couple_fft(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
             factors.append(ledger.collapse(factor, rest))
         else:
             ledger.fix(factor.ids, reason)
-    factors += [
-        Factor((a,), ledger.fresh_fixed(shape[a], reason=reason), True)
-        for a in range(batch, len(shape))
-        if shape[a] > 1
-    ]
+    factors += fixed_elsewhere(ledger, shape, range(batch), reason)
     return [Tracked(shape, tuple(factors))]
 
 

@@ -9,7 +9,7 @@ from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
-from compaware_jax.rules.families import bind, cut
+from compaware_jax.rules.families import bind, cut, fixed_elsewhere
 from compaware_jax.rules.registry import Kept, Small, register_rule
 from compaware_jax.trace import Equation
 
@@ -59,11 +59,7 @@ def windowed(primitive: Primitive, *, zeros: bool) -> None:
         ]
         outputs = []
         for shape in eqn.out_shapes:
-            fixed = [
-                Factor((a,), ledger.fresh_fixed(n, reason=reason), True)
-                for a, n in enumerate(shape)
-                if n > 1 and a not in trivial
-            ]
+            fixed = fixed_elsewhere(ledger, shape, trivial, reason)
             outputs.append(Tracked(shape, (*passed, *fixed)))
         return outputs
 
