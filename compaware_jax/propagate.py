@@ -17,6 +17,7 @@ from jax.extend.core import primitives as p
 from compaware_jax.errors import UnknownPrimitiveError
 from compaware_jax.factors import Choice, Factor, Factors, Ledger, Solution, Tracked, combine
 from compaware_jax.rules import REGIONS, RULES, Kept
+from compaware_jax.rules.families import fixed_elsewhere
 from compaware_jax.trace import Block, Equation, Program, flatten
 
 
@@ -211,10 +212,7 @@ def _leaf(ledger: Ledger, shape: tuple[int, ...]) -> Tracked:
 
 
 def _data(ledger: Ledger, shape: tuple[int, ...], what: str) -> Tracked:
-    return Tracked(
-        shape,
-        tuple(Factor((a,), ledger.fresh_fixed(n, reason=what), True) for a, n in enumerate(shape) if n > 1),
-    )
+    return Tracked(shape, tuple(fixed_elsewhere(ledger, shape, (), what)))
 
 
 @dataclass(eq=False)

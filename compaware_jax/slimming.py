@@ -147,22 +147,33 @@ class _Run:
 
     def whole(self, value: int) -> Any:
         """A value at full width, as the masked network would compute it."""
-        if value in self.full:
-            return self.full[value]
-        kept = self.kept(value)
-        known = value in self.small or value in self.analysis.program.constants
-        zero = self.analysis.zero(value)
-        if known and all(z or index is None for z, index in zip(zero, kept, strict=True)):
-            shape = self.analysis.program.avals[value].shape
-            self.full[value] = scatter(self.read(value), kept, shape)
-        elif value in self.producers:
-            eqn = self.producers[value]
-            self.record.again[eqn] = None
-            results = eqn.run(*[self.whole(v) for v in eqn.inputs])
-            self.full.update(zip(eqn.outputs, results, strict=True))
-        else:
-            raise _OutOfReachError
+        # A stack, not recursion: a deep model may have thousands of such equations in a row.
+        pending = [value]
+        while pending:
+            last = pending[-1]
+            if last in self.full:
+                pending.pop()
+            elif self.is_scattered(last):
+                shape = self.analysis.program.avals[last].shape
+                self.full[last] = scatter(self.read(last), self.kept(last), shape)
+            elif last in self.producers:
+                eqn = self.producers[last]
+                missing = [v for v in eqn.inputs if v not in self.full]
+                if missing:
+                    pending += missing
+                    continue
+                self.record.again[eqn] = None
+                self.full.update(zip(eqn.outputs, eqn.run(*[self.full[v] for v in eqn.inputs]), strict=True))
+            else:
+                raise _OutOfReachError
         return self.full[value]
+
+    def is_scattered(self, value: int) -> bool:
+        """Whether zeros at the cut places make a small value the full one."""
+        if value not in self.small and value not in self.analysis.program.constants:
+            return False
+        pairs = zip(self.analysis.zero(value), self.kept(value), strict=True)
+        return all(zero or index is None for zero, index in pairs)
 
     def call(
         self, eqn: Equation, body: Block, operands: list[Small], kept: list[Kept]

@@ -10,6 +10,7 @@ import pytest
 
 import compaware_jax as ca
 from compaware_jax.errors import PlanError
+from compaware_jax.surgery import uncut
 from tests.models import MODELS
 
 
@@ -156,3 +157,17 @@ def test_emptied_piece_is_refused():
     assert sorted(map(tuple, groups.guarded)) == [(0, 1, 2), (3, 4, 5)]
     with pytest.raises(PlanError, match="make up a whole axis"):
         ca.plan_units(groups, np.arange(6) < 3)
+
+
+def test_thousands_of_equations_in_a_row_may_run_un_cut():
+    def net(v, x):
+        h = x @ v["a"]
+        for _ in range(1200):
+            h = jnp.cos(h)  # No longer zero where h is, ...
+        return jnp.cumprod(h, axis=1) @ v["b"]  # ... which a product over the axis needs.
+
+    variables = {"a": jnp.ones((3, 6)), "b": jnp.ones((6, 2))}
+    plan = ca.plan_units(ca.find_groups(net, variables, jnp.ones((2, 3))), np.arange(6) < 3)
+    ran = uncut(net, plan, variables, jnp.ones((2, 3)))
+    assert len(ran) == 1201
+    assert [u.again for u in ran].count(False) == 1

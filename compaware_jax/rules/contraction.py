@@ -9,7 +9,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
-from compaware_jax.rules.families import bind, take
+from compaware_jax.rules.families import bind, fixed_elsewhere, take
 from compaware_jax.rules.registry import Kept, Small, register_rule
 from compaware_jax.trace import Equation
 
@@ -104,7 +104,7 @@ def _couple_conv(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> li
     spec, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     out_shape = eqn.out_shapes[0]
     (lhs_batch, lhs_feature, *_), (rhs_out, rhs_in, *_) = spec.lhs_spec, spec.rhs_spec
-    out_batch, out_feature, *out_spatial = spec.out_spec
+    out_batch, out_feature, *_ = spec.out_spec
     factors = []
 
     def single(x: Tracked, axis: int) -> Factor | None:
@@ -153,10 +153,7 @@ def _couple_conv(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> li
         factors.append(batch.moved({lhs_batch: out_batch}))
     if kernel_out is not None:
         factors.append(kernel_out.moved({rhs_out: out_feature}))
-    for axis in out_spatial:
-        if out_shape[axis] > 1:
-            ids = ledger.fresh_fixed(out_shape[axis], reason=f"spatial axis of {eqn.where}")
-            factors.append(Factor((axis,), ids, True))
+    factors += fixed_elsewhere(ledger, out_shape, (out_batch, out_feature), f"spatial axis of {eqn.where}")
     return [Tracked(out_shape, tuple(factors))]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -131,6 +131,30 @@ def _cut_within(ledger: Ledger, factor: Factor, kept_axes: Sequence[int]) -> boo
         return False
     ledger.collapse(factor, [a for a in factor.axes if a not in kept_axes])
     return True
+
+
+def passed(
+    ledger: Ledger, x: Tracked, passes: Mapping[int, int], reason: str, leave: Iterable[Factor] = ()
+) -> list[Factor]:
+    """The factors of a value on the axes that an operation hands on; the rest never leaves.
+
+    Args:
+      ledger: of the analysis.
+      x: the value.
+      passes: the axes handed on, to the axes that they become.
+      reason: why atoms that live on other axes alone never leave.
+      leave: factors of `x` that are not looked at.
+    """
+    skipped, factors = set(map(id, leave)), []
+    for factor in x.factors:
+        if id(factor) in skipped:
+            continue
+        rest = [a for a in factor.axes if a in passes]
+        if rest:
+            factors.append(ledger.collapse(factor, rest).moved({a: passes[a] for a in rest}))
+        else:
+            ledger.fix(factor.ids, reason)
+    return factors
 
 
 def fixed_elsewhere(ledger: Ledger, shape: tuple[int, ...], free: Iterable[int], reason: str) -> list[Factor]:

@@ -6,7 +6,7 @@ the program: then the rule applies the primitive to the array of atoms, as `piec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,28 +15,12 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
-from compaware_jax.rules.families import bind, cut, fixed_elsewhere, freed, take
+from compaware_jax.rules.families import bind, cut, fixed_elsewhere, freed, passed, take
 from compaware_jax.rules.registry import Kept, Small, register_rule
 from compaware_jax.trace import Equation
 
 # Beyond this many elements a static look-up is not followed position by position.
 _FOLLOWED_SIZE = 2**24
-
-
-def _passed(
-    ledger: Ledger, x: Tracked, passes: dict[int, int], reason: str, leave: Iterable[Factor] = ()
-) -> list[Factor]:
-    """Factors on axes that pass, renamed; atoms that live on other axes alone never leave."""
-    skipped, factors = set(map(id, leave)), []
-    for factor in x.factors:
-        if id(factor) in skipped:
-            continue
-        rest = [a for a in factor.axes if a in passes]
-        if rest:
-            factors.append(ledger.collapse(factor, rest).moved({a: passes[a] for a in rest}))
-        else:
-            ledger.fix(factor.ids, reason)
-    return factors
 
 
 # --- gather -------------------------------------------------------------------------------------------
@@ -69,11 +53,11 @@ def _couple_gather(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> 
     followed = [
         f for f in x.factors if not set(f.axes) <= set(passes) and _is_followed(ledger, eqn, f, indices.known)
     ]
-    factors = _passed(ledger, x, passes, f"looked up by index in {eqn.where}", followed)
+    factors = passed(ledger, x, passes, f"looked up by index in {eqn.where}", followed)
     for factor in followed:
         assert indices.known is not None
         factors.append(_follow(eqn, factor, indices.known, whole))
-    from_indices = _passed(ledger, indices, of_indices, f"an index of {eqn.where}")
+    from_indices = passed(ledger, indices, of_indices, f"an index of {eqn.where}")
     factors = [
         Factor(axes, ids, bool(mine) and theirs is not False)
         for axes, ids, (mine, theirs) in combine(ledger, [tuple(factors), tuple(from_indices)])
@@ -181,8 +165,8 @@ def _couple_scatter(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) ->
     reason = f"written to by index in {eqn.where}"
     for factor in indices.factors:
         ledger.fix(factor.ids, f"an index of {eqn.where}")
-    into = _passed(ledger, x, {a: a for a in passes.values()}, reason)
-    written = _passed(ledger, updates, passes, reason)
+    into = passed(ledger, x, {a: a for a in passes.values()}, reason)
+    written = passed(ledger, updates, passes, reason)
     factors = []
     for axes, ids, (mine, theirs) in combine(ledger, [tuple(into), tuple(written)]):
         zero = (x.uniform == 0 if mine is None else mine) and (
@@ -226,7 +210,7 @@ def _couple_dynamic_slice(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracke
     }
     reason = f"sliced at a computed position in {eqn.where}"
     factors = []
-    for factor in _passed(ledger, x, passes, reason):
+    for factor in passed(ledger, x, passes, reason):
         ids = factor.ids
         for position, axis in enumerate(factor.axes):
             start = known[axis] or 0
@@ -260,7 +244,7 @@ def _couple_update(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> 
     x, update = inputs[:2]
     passes = {a: a for a, (n, k) in enumerate(zip(x.shape, update.shape, strict=True)) if n == k}
     reason = f"written to at a position in {eqn.where}"
-    parts = [tuple(_passed(ledger, part, passes, reason)) for part in (x, update)]
+    parts = [tuple(passed(ledger, part, passes, reason)) for part in (x, update)]
     factors = []
     for axes, ids, flags in combine(ledger, parts):
         zero = all(

@@ -10,7 +10,7 @@ from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Ledger, Tracked
-from compaware_jax.rules.families import bind, fixed_elsewhere
+from compaware_jax.rules.families import bind, fixed_elsewhere, passed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 from compaware_jax.trace import Equation
 
@@ -87,13 +87,7 @@ def _couple_fft(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
     (x,), shape = inputs, eqn.out_shapes[0]
     batch = len(shape) - len(eqn.params["fft_lengths"])
     reason = f"transformed by {eqn.where}"
-    factors = []
-    for factor in x.factors:
-        rest = [a for a in factor.axes if a < batch]
-        if rest:
-            factors.append(ledger.collapse(factor, rest))
-        else:
-            ledger.fix(factor.ids, reason)
+    factors = passed(ledger, x, {a: a for a in range(batch)}, reason)
     factors += fixed_elsewhere(ledger, shape, range(batch), reason)
     return [Tracked(shape, tuple(factors))]
 

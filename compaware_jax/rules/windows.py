@@ -9,7 +9,7 @@ from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
-from compaware_jax.rules.families import bind, cut, fixed_elsewhere
+from compaware_jax.rules.families import bind, cut, fixed_elsewhere, passed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 from compaware_jax.trace import Equation
 
@@ -41,26 +41,16 @@ def windowed(primitive: Primitive, *, zeros: bool) -> None:
 
     def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
         trivial = _trivial_axes(eqn)
-        ranked = [x for x in inputs if x.shape]
         reason = f"a window runs over it in {eqn.where}"
-        parts = []
-        for x in ranked:
-            part = []
-            for factor in x.factors:
-                rest = [a for a in factor.axes if a in trivial]
-                if rest:
-                    part.append(ledger.collapse(factor, rest))
-                else:
-                    ledger.fix(factor.ids, reason)
-            parts.append(tuple(part))
-        passed = [
+        parts = [tuple(passed(ledger, x, {a: a for a in trivial}, reason)) for x in inputs if x.shape]
+        factors = [
             Factor(axes, ids, zeros and all(bool(flag) for flag in flags))
             for axes, ids, flags in combine(ledger, parts)
         ]
         outputs = []
         for shape in eqn.out_shapes:
             fixed = fixed_elsewhere(ledger, shape, trivial, reason)
-            outputs.append(Tracked(shape, (*passed, *fixed)))
+            outputs.append(Tracked(shape, (*factors, *fixed)))
         return outputs
 
     def slim(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
