@@ -16,6 +16,7 @@ from compaware_jax.fit import fit
 from compaware_jax.grid import GridSearch
 from compaware_jax.groups import Groups
 from compaware_jax.masks import apply_mask, mask
+from compaware_jax.optimizers import shrink_optimizer
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.rules import register_rule
 from compaware_jax.surgery import expand, shrink, slim
@@ -45,6 +46,7 @@ __all__ = [
     "plan_units",
     "register_rule",
     "shrink",
+    "shrink_optimizer",
     "slim",
     "sweep",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from compaware_jax.errors import PlanError
 from compaware_jax.groups import COLLECTIONS
@@ -16,7 +17,7 @@ from compaware_jax.plan import Plan
 from compaware_jax.propagate import Analysis, analyse, flops_of
 from compaware_jax.rules.families import take
 from compaware_jax.slimming import FullWidth, run_small, scatter
-from compaware_jax.trace import named_leaves, on_host, trace
+from compaware_jax.trace import named_leaves, on_host, path_name, trace
 
 
 def shrink(tree: Any, plan: Plan) -> Any:
@@ -25,14 +26,16 @@ def shrink(tree: Any, plan: Plan) -> Any:
     Args:
       tree: the variables, or any pytree that holds trees like them (an optimizer state with its moments,
         EMA copies, a checkpoint of all of these) or like one of their Flax collections (moments
-        over ``variables["params"]``); other leaves are passed through.
+        over ``variables["params"]``), also with parts left out by `optax.masked`; other leaves are passed
+        through.
       plan: what is kept.
 
     Returns:
       The tree with every array that belongs to a leaf of the plan cut along the kept indices.
 
     Raises:
-      PlanError: nothing in the tree fits the plan, or a sub-tree fits it in two ways that differ.
+      PlanError: nothing in the tree fits the plan, or a sub-tree fits it in two ways that differ, or has
+        its names but other shapes.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -67,11 +70,16 @@ def expand(tree: Any, plan: Plan) -> Any:
 
 
 def _cut(array: Any, plan: Plan, leaf: int) -> Any:
-    if all(index is None for index in plan.kept[leaf]):
+    return cut_axes(array, plan.kept[leaf])
+
+
+def cut_axes(array: Any, kept: Sequence[Sequence[int] | None]) -> Any:
+    """An array with the kept indices of each axis (None: all), on the host where it is there."""
+    if all(index is None for index in kept):
         return array
     # On the host, numpy spares a compilation per shape.
     small = np.asarray(array) if on_host(array) else array
-    for axis, index in enumerate(plan.kept[leaf]):
+    for axis, index in enumerate(kept):
         if index is not None:
             small = small.take(np.asarray(index), axis=axis)
     if isinstance(small, np.ndarray) and not isinstance(array, np.ndarray):
@@ -89,16 +97,7 @@ def _map_plan(tree: Any, plan: Plan, change: Callable, *, full: bool, caller: st
     found = False
 
     def match(node: Any) -> list[int] | None:
-        named = tuple((path, np.shape(leaf)) for path, leaf in named_leaves(node))
-        fits = templates.get(named, [])
-        distinct = {tuple(plan.kept[i] for i in positions) for positions in fits}
-        if len(distinct) > 1:
-            raise PlanError(
-                f"{caller}: the sub-tree with leaves {[path for path, _ in named][:4]} fits "
-                f"{len(fits)} sub-trees of the plan, which keep different indices. Pass the tree around "
-                "it instead, so that its place is known."
-            )
-        return fits[0] if fits else None
+        return _match(node, plan, templates, caller)
 
     def visit(node: Any) -> Any:
         nonlocal found
@@ -122,23 +121,78 @@ def _map_plan(tree: Any, plan: Plan, change: Callable, *, full: bool, caller: st
     return result
 
 
-def _templates(plan: Plan, full: bool) -> dict[tuple, list[list[int]]]:
-    """Named leaves of the variables and of their Flax collections, to positions in the plan."""
+_Shape = tuple[int, ...]
+_Templates = dict[tuple[str, ...], list[tuple[list[int], list[_Shape]]]]
+"""Paths of the leaves of a sub-tree, to the positions in the plan and the shapes that they may have."""
+
+
+def _templates(plan: Plan, full: bool) -> _Templates:
+    """The variables and their Flax collections."""
     # Deeper sub-trees are not offered: a layer of another model may look the same by chance.
     first_keys = {leaf.path.split("/")[0] for leaf in plan.leaves}
     prefixes = ["", *(f"{key}/" for key in sorted(first_keys & COLLECTIONS))]
-    result: dict[tuple, list[list[int]]] = {}
+    result: _Templates = {}
     for prefix in prefixes:
         inside = [i for i, leaf in enumerate(plan.leaves) if leaf.path.startswith(prefix)]
-        named = tuple(
-            (
-                plan.leaves[i].path[len(prefix) :],
-                plan.leaves[i].shape if full else plan.small_shape(i),
-            )
-            for i in inside
-        )
-        result.setdefault(named, []).append(inside)
+        paths = tuple(plan.leaves[i].path[len(prefix) :] for i in inside)
+        shapes = [plan.leaves[i].shape if full else plan.small_shape(i) for i in inside]
+        result.setdefault(paths, []).append((inside, shapes))
     return result
+
+
+def _is_hole(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _match(node: Any, plan: Plan, templates: _Templates, caller: str) -> list[int] | None:
+    """Positions in the plan of the leaves of a sub-tree that fits it; None for any other.
+
+    Leaves that `optax.masked` leaves out are passed over.
+    """
+    named = [(path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(node, is_leaf=_is_hole)]
+    paths = tuple(path for path, _ in named)
+    if paths not in templates:
+        return None
+    present = [number for number, (_, x) in enumerate(named) if not _is_hole(x)]
+    fits, others = [], []
+    for positions, shapes in templates[paths]:
+        wrong = [n for n in present if np.shape(named[n][1]) != shapes[n]]
+        if wrong:
+            others += [(n, positions[n], shapes[n]) for n in wrong]
+        else:
+            fits.append([positions[n] for n in present])
+    if not fits:
+        for number, position, shape in others:
+            got = np.shape(named[number][1])
+            if paths != ("",) and np.prod(got) > 1 and any(index for index in plan.kept[position]):
+                raise PlanError(
+                    f"{caller}: `{paths[number]}` has shape {got} under the names of the plan (fingerprint "
+                    f"{plan.fingerprint}), expected {shape}. Pass variables of the model that the plan was "
+                    "made for; the state of an optimizer that does not mirror them goes through "
+                    "shrink_optimizer."
+                )
+        return None
+    if len({tuple(plan.kept[i] for i in positions) for positions in fits}) > 1:
+        raise PlanError(
+            f"{caller}: the sub-tree with leaves {list(paths[:4])} fits {len(fits)} sub-trees of the plan, "
+            "which keep different indices. Pass the tree around it instead, so that its place is known."
+        )
+    return fits[0]
+
+
+def positions_in(tree: Any, plan: Plan) -> list[int]:
+    """Positions in the plan of the leaves of full variables, or of one of their Flax collections.
+
+    Raises:
+      PlanError: the tree is not one of these.
+    """
+    positions = _match(tree, plan, _templates(plan, full=True), "positions_in")
+    if positions is None:
+        raise PlanError(
+            f"the tree with leaves {[path for path, _ in named_leaves(tree)][:4]} is not the variables of "
+            f"the plan (fingerprint {plan.fingerprint}) nor a collection of them. Pass the full variables."
+        )
+    return positions
 
 
 def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ()) -> Callable[..., Any]:
