@@ -19,7 +19,7 @@ from compaware_jax.masks import apply_mask, mask
 from compaware_jax.optimizers import shrink_optimizer
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.rules import register_rule
-from compaware_jax.surgery import expand, shrink, slim
+from compaware_jax.surgery import expand, shrink, slim, uncut
 from compaware_jax.sweep import sweep
 
 __all__ = [
@@ -49,4 +49,5 @@ __all__ = [
     "shrink_optimizer",
     "slim",
     "sweep",
+    "uncut",
 ]

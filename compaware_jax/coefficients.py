@@ -120,8 +120,10 @@ def on_budget(cost: Cost, log_share: Float[Array, " groups"], budget: ArrayLike)
     Returns:
       Log counts, shape (groups,), between the fewest and the most that may stay.
     """
+    # A group that may be emptied goes down to a quarter of a unit, which rounds to none.
+    least = np.maximum(cost.least, 0.25)
     top, most, bottom = (
-        jnp.log(jnp.asarray(counts, log_share.dtype)) for counts in (cost.units, cost.most, cost.least)
+        jnp.log(jnp.asarray(counts, log_share.dtype)) for counts in (cost.units, cost.most, least)
     )
     goal = budget * cost(jnp.exp(top))
 

@@ -26,6 +26,7 @@ def constrain(
     multiple_of: Mapping[str, int] | int = 1,
     together: Sequence[tuple[str, str]] = (),
     apart: Mapping[str, int] | None = None,
+    may_empty: str | Sequence[str] = (),
 ) -> Groups:
     """Groups under further demands; every search and selection keeps to them.
 
@@ -42,6 +43,8 @@ def constrain(
         cores; one for all, or by pattern. A group may also stay whole.
       together: pairs of group names whose units leave index by index, as one group.
       apart: group name to a number of parts: consecutive units that get a coefficient of their own.
+      may_empty: patterns of groups of which nothing need stay, e.g. the inner channels of a block that
+        its skip connection replaces.
 
     Returns:
       New `Groups`.
@@ -76,7 +79,10 @@ def constrain(
         step[g] = multiple // held
     for pattern in (whole,) if isinstance(whole, str) else whole:
         least[_matching(groups, pattern, "whole")] = sizes[_matching(groups, pattern, "whole")]
-    result = replace(groups, limits=Limits(least, most, step))
+    empty = np.zeros(number, bool)
+    for pattern in (may_empty,) if isinstance(may_empty, str) else may_empty:
+        empty[_matching(groups, pattern, "may_empty")] = True
+    result = replace(groups, limits=Limits(least, most, step, empty))
     for group, low, high in zip(groups.groups, result.floors, result.ceilings, strict=True):
         if low > high:
             raise BudgetError(

@@ -89,11 +89,13 @@ class Limits:
       least: at least so many.
       most: at most so many.
       step: a multiple of it, or all.
+      may_empty: whether nothing of it need stay.
     """
 
     least: np.ndarray
     most: np.ndarray
     step: np.ndarray
+    may_empty: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,16 +149,26 @@ class Groups:
     def floors(self) -> np.ndarray:
         """The fewest units that may stay per group, shape (groups,).
 
-        One, or one per guarded set that the group answers for, or what is demanded.
+        One, or none where the group may be emptied, or one per guarded set that it answers for, or what
+        is demanded.
         """
-        floors = np.minimum(self.sizes, 1)
-        answers = np.bincount(
-            [self.group_of_unit[units[0]] for units in self.guarded] or [0], minlength=len(floors)
-        )
-        floors = np.maximum(floors, answers if self.guarded else 0)
+        answers = [self.group_of_unit[units[0]] for units in self.needed]
+        floors = np.where(self.may_empty, 0, np.minimum(self.sizes, 1))
+        floors = np.maximum(floors, np.bincount(np.array(answers, int), minlength=len(floors)))
         if self.limits is not None:
             floors = np.maximum(floors, self.limits.least)
         return np.minimum(-(-floors // self.steps) * self.steps, self.sizes)
+
+    @property
+    def may_empty(self) -> np.ndarray:
+        """Whether nothing need stay of a group, shape (groups,)."""
+        return np.zeros(len(self.groups), bool) if self.limits is None else self.limits.may_empty
+
+    @property
+    def needed(self) -> tuple[np.ndarray, ...]:
+        """The guarded sets, but for those in groups that may all be emptied."""
+        empty = self.may_empty[self.group_of_unit]
+        return tuple(units for units in self.guarded if not empty[units].all())
 
     @property
     def ceilings(self) -> np.ndarray:
@@ -204,22 +216,25 @@ class Groups:
         header = ("component", "group", "units", "kind", "parameters/unit", "axes (× indices/unit)")
         title = f"{len(self.groups)} groups, {self.units} units, {parameters:,} parameters"
         tables = [text_table(header, rows, title)]
-        if 0 < len(self.fixed) <= _LISTED:
-            fixed = [(f"{f.path}[{f.axis}]", f.indices, f.reason) for f in self.fixed]
-            tables.append(text_table(("axis that stays whole", "indices", "because"), fixed))
-        elif self.fixed:
-            kinds: dict[str, list[FixedAxis]] = {}
-            for axis in self.fixed:
-                kinds.setdefault(axis.kind, []).append(axis)
-            counted = [
-                (len(axes), kind, f"{axes[0].path}[{axes[0].axis}]", axes[0].reason)
-                for kind, axes in kinds.items()
-            ]
-            header = ("axes that stay whole", "because", "first of them", "in full")
-            tables.append(text_table(header, counted))
+        if self.fixed:
+            tables.append(text_table(*self.fixed_table()))
         if self.unread:
             tables.append("never read by the function: " + ", ".join(self.unread))
         return "\n\n".join(tables)
+
+    def fixed_table(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+        """Header and rows of a table of the axes that stay whole; many are counted by reason."""
+        if len(self.fixed) <= _LISTED:
+            listed = [(f"{f.path}[{f.axis}]", f.indices, f.reason) for f in self.fixed]
+            return ("axis that stays whole", "indices", "because"), listed
+        kinds: dict[str, list[FixedAxis]] = {}
+        for axis in self.fixed:
+            kinds.setdefault(axis.kind, []).append(axis)
+        counted = [
+            (len(axes), kind, f"{axes[0].path}[{axes[0].axis}]", axes[0].reason)
+            for kind, axes in kinds.items()
+        ]
+        return ("axes that stay whole", "because", "first of them", "in full"), counted
 
 
 def default_component(path: str) -> str:

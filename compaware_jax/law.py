@@ -27,9 +27,10 @@ def random_keep(groups: Groups, rng: np.random.Generator, share: float = 0.5) ->
       Boolean array, shape (units,).
     """
     keep = rng.random(groups.units) < share
-    for group in groups.groups:
-        keep[rng.integers(group.offset, group.offset + group.units)] = True
-    for units in groups.guarded:
+    for group, floor in zip(groups.groups, groups.floors, strict=True):
+        if floor:
+            keep[rng.integers(group.offset, group.offset + group.units)] = True
+    for units in groups.needed:
         keep[rng.choice(units)] = True
     return keep
 

@@ -121,16 +121,11 @@ def _check_indices(leaf: Leaf, axes: Sequence[Indices | None]) -> None:
         if index is None:
             continue
         array = np.asarray(index)
-        if (
-            array.dtype.kind != "i"
-            or len(array) == 0
-            or array[0] < 0
-            or array[-1] >= size
-            or (np.diff(array) <= 0).any()
+        if len(array) and (
+            array.dtype.kind != "i" or array[0] < 0 or array[-1] >= size or (np.diff(array) <= 0).any()
         ):
             raise PlanError(
-                f"Plan: kept indices of `{leaf.path}` axis {axis} are not ascending indices in "
-                f"[0, {size}), at least one of them."
+                f"Plan: kept indices of `{leaf.path}` axis {axis} are not ascending indices in [0, {size})."
             )
 
 
@@ -152,13 +147,13 @@ def plan_units(groups: Groups, keep: Any) -> Plan:
         raise PlanError(
             f"plan_units: keep has shape {keep.shape}, expected one flag per unit, ({groups.units},)."
         )
-    for group in groups.groups:
-        if not keep[group.slice].any():
+    for group, may_empty in zip(groups.groups, groups.may_empty, strict=True):
+        if not may_empty and not keep[group.slice].any():
             raise PlanError(
                 f"plan_units: nothing of the group `{group.name}` ({group.units} units) is kept. "
-                "Keep at least one of its units."
+                "Keep at least one of its units, or allow it with constrain(groups, may_empty=...)."
             )
-    for units in groups.guarded:
+    for units in groups.needed:
         if not keep[units].any():
             raise PlanError(
                 f"plan_units: units {units.tolist()[:8]} make up a whole axis of an intermediate value "

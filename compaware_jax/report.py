@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 
 from compaware_jax.groups import Groups
 from compaware_jax.plan import Plan
+from compaware_jax.surgery import uncut, work_in
 from compaware_jax.tables import is_number
 
 # Okabe and Ito's palette: told apart by readers with any colour vision.
@@ -171,6 +172,24 @@ class Section:
     header: Sequence[str] = ()
     rows: Sequence[Sequence[object]] = ()
     figures: Sequence[str] = ()
+
+
+def whole_sections(groups: Groups, plan: Plan) -> list[Section]:
+    """What was not pruned and why, and what of the small function runs at full width."""
+    sections = [Section("What was not pruned, and why", "", *groups.fixed_table())]
+    ran = uncut(groups, plan)
+    if not ran:
+        text = "Every equation of the small function runs at its small size."
+        return [*sections, Section("What runs at full width", text)]
+    share = sum(equation.flops for equation in ran) / work_in(groups)
+    text = (
+        f"{len(ran)} equations, {share:.2%} of the full function's FLOPs: at a smaller size their result "
+        "would differ from the masked function's."
+    )
+    rows = [
+        (e.where, e.flops, "to feed another one" if e.again else "inexact at a smaller size") for e in ran
+    ]
+    return [*sections, Section("What runs at full width", text, ("equation", "FLOPs", "because"), rows)]
 
 
 _CSS = """

@@ -33,7 +33,7 @@ def keep_units(
       Boolean array, shape (units,).
     """
     scores = np.asarray(scores, float).copy()
-    for units in groups.guarded:
+    for units in groups.needed:
         # The group that answers for a guarded set (see Groups.floors) ranks the set's best unit first.
         group = groups.group_of_unit
         own = units[group[units] == group[units[0]]]

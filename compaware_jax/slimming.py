@@ -17,11 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
-from compaware_jax.errors import PlanError
 from compaware_jax.factors import Factor, Tracked
 from compaware_jax.propagate import Analysis, analyse_seeded, derivative_of
 from compaware_jax.rules import REGIONS, RULES, Kept, Small
-from compaware_jax.rules.families import take
+from compaware_jax.rules.families import small_shape, take
 from compaware_jax.trace import Block, Equation, flatten
 
 
@@ -79,7 +78,9 @@ class _Run:
         for eqn in block.equations:
             self.producers.update(dict.fromkeys(eqn.outputs, eqn))
             kept = [self.kept(v) for v in eqn.outputs]
-            results = self.equation(eqn, kept)
+            results = self.emptied(eqn, kept)
+            if results is None:
+                results = self.equation(eqn, kept)
             if results is None:
                 self.record.uncut[eqn] = None
                 results = [take(self.whole(v), index) for v, index in zip(eqn.outputs, kept, strict=True)]
@@ -87,14 +88,22 @@ class _Run:
         return [self.read(v) for v in block.outputs]
 
     def kept(self, value: int) -> Kept:
-        kept = self.analysis.kept(value, self.alive)
-        if any(index is not None and len(index) == 0 for index in kept):
-            producer = self.producers.get(value)
-            raise PlanError(
-                f"slim: the plan leaves nothing of an axis at {producer.where if producer else 'an input'}"
-                ". Expected at least one unit on every axis of every value; keep one of them."
+        return self.analysis.kept(value, self.alive)
+
+    def emptied(self, eqn: Equation, kept: list[Kept]) -> list[jax.Array] | None:
+        """The results of an equation of which nothing is left, or of a product over nothing."""
+        nothing = all(_is_empty(axes) for axes in kept)
+        rule = RULES.get(eqn.primitive)
+        if not nothing and rule is not None and rule.work is not None:
+            nothing = any(
+                all(z or index is None for z, index in zip(self.analysis.zero(v), self.kept(v), strict=True))
+                for v in eqn.inputs
+                if _is_empty(self.kept(v))
             )
-        return kept
+        if not nothing or not eqn.outputs:
+            return None
+        avals = [self.analysis.program.avals[v] for v in eqn.outputs]
+        return [jnp.zeros(small_shape(a.shape, axes), a.dtype) for a, axes in zip(avals, kept, strict=True)]
 
     def read(self, value: int) -> Any:
         if value not in self.small:
@@ -105,6 +114,8 @@ class _Run:
         operands = [
             Small(self.read(v), self.kept(v), self.analysis.zero(v), self.known(v)) for v in eqn.inputs
         ]
+        if any(_is_empty(x.kept) for x in operands):
+            return None  # A largest of nothing, a mean of nothing: computed from the masked zeros.
         if eqn.primitive in RULES:
             slim = RULES[eqn.primitive].slim
             return None if slim is None else slim(eqn, operands, kept)
@@ -200,10 +211,13 @@ class _Run:
             # A rule may call its own function, so inside a rule the next derivative is not looked at
             # before somebody takes it.
             jax.eval_shape(call if self.nested else partial(_jvp_of_zeros, call), *arrays)
-        except (_OutOfReachError, _InseparableError, PlanError):
-            # PlanError: an axis inside the call would be emptied, which its caller never sees.
+        except (_OutOfReachError, _InseparableError):
             return None
         return call(*arrays)
+
+
+def _is_empty(kept: Kept) -> bool:
+    return any(index is not None and len(index) == 0 for index in kept)
 
 
 def _jvp_of_zeros(call: Callable[..., Any], *arrays: jax.Array) -> Any:

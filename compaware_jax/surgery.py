@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from compaware_jax.errors import PlanError
-from compaware_jax.groups import COLLECTIONS
+from compaware_jax.groups import COLLECTIONS, Groups
 from compaware_jax.plan import Plan
 from compaware_jax.propagate import Analysis, analyse, flops_of
 from compaware_jax.rules.families import take
@@ -81,14 +81,14 @@ def cut_axes(array: Any, kept: Sequence[Sequence[int] | None]) -> Any:
     small = np.asarray(array) if on_host(array) else array
     for axis, index in enumerate(kept):
         if index is not None:
-            small = small.take(np.asarray(index), axis=axis)
+            small = small.take(np.asarray(index, int), axis=axis)
     if isinstance(small, np.ndarray) and not isinstance(array, np.ndarray):
         return jax.device_put(small, array.sharding) if array.committed else jnp.asarray(small)
     return small
 
 
 def _put_back(array: Any, plan: Plan, leaf: int) -> Any:
-    kept = tuple(None if index is None else np.asarray(index) for index in plan.kept[leaf])
+    kept = tuple(None if index is None else np.asarray(index, int) for index in plan.kept[leaf])
     return scatter(array, kept, plan.leaves[leaf].shape)
 
 
@@ -282,39 +282,48 @@ class Uncut:
     again: bool
 
 
-def uncut(
-    apply: Callable[..., Any], plan: Plan, variables: Any, *args: Any, **kwargs: Any
-) -> tuple[Uncut, ...]:
+def uncut(groups: Groups, plan: Plan) -> tuple[Uncut, ...]:
     """What `slim` runs at full width, because running it small would not be exact.
 
     Args:
-      apply: the function that the groups were found for.
-      plan: what is kept.
-      variables: the full variables; arrays or `jax.ShapeDtypeStruct`.
-      *args: example inputs; only shapes and dtypes are used.
-      **kwargs: further example inputs, by name.
+      groups: what could leave, at the input shapes for which they were found.
+      plan: what is kept of it.
 
     Returns:
-      The equations, in program order.
+      The equations, in program order, first those that had to, then those run again for them.
+
+    Raises:
+      PlanError: the plan is of another model.
     """
-    analysis, alive = _analysed(apply, variables, plan, (), *args, **kwargs)
+    if plan.fingerprint != groups.fingerprint:
+        raise PlanError(
+            f"uncut: the plan is for the model {plan.fingerprint}, the groups are of {groups.fingerprint}. "
+            "Pass the groups that the plan was made from."
+        )
+    program = groups.analysis.program
+    alive = _alive(groups.analysis, plan)
     leaves = [
-        jax.ShapeDtypeStruct(plan.small_shape(i), jax.dtypes.result_type(leaf))
-        for i, leaf in enumerate(jax.tree.leaves(variables))
+        jax.ShapeDtypeStruct(plan.small_shape(i), program.avals[value].dtype)
+        for i, value in enumerate(program.leaf_values)
     ]
     record = FullWidth()
 
     def run(*inputs: jax.Array) -> list[jax.Array]:
         nonlocal record
-        outputs, record = _run(analysis, alive, plan, list(inputs))
+        outputs, record = _run(groups.analysis, alive, plan, list(inputs))
         return outputs
 
-    jax.eval_shape(run, *leaves, *jax.tree.leaves((args, kwargs)))
+    jax.eval_shape(run, *leaves, *(program.avals[value] for value in program.argument_values))
     again = [eqn for eqn in record.again if eqn not in record.uncut]
     return tuple(
         [Uncut(eqn.where, flops_of(eqn), False) for eqn in record.uncut]
         + [Uncut(eqn.where, flops_of(eqn), True) for eqn in again]
     )
+
+
+def work_in(groups: Groups) -> int:
+    """FLOPs of one call of the full function, counted as `Uncut` counts them."""
+    return sum(flops_of(eqn) for eqn in groups.analysis.program.block.equations)
 
 
 def _check_small(small_variables: Any, plan: Plan) -> None:

@@ -49,6 +49,7 @@ from compaware_jax.report import (
     save_figures,
     trade_off_figure,
     trajectory_figure,
+    whole_sections,
 )
 from compaware_jax.select import keep_units, round_counts, uniform_counts
 from compaware_jax.tables import text_table
@@ -353,12 +354,7 @@ def write_report(
         ),
         Section("Digits", figures=[names["digits"]]),
         Section("Latent space", figures=[names["latent"]]),
-        Section(
-            "What was not pruned, and why",
-            "",
-            ["axis", "indices", "because"],
-            [(f"{f.path}[{f.axis}]", f.indices, f.reason) for f in groups.fixed],
-        ),
+        *whole_sections(groups, result.plan),
         Section("Data", task.data.note),
     ]
     warning = task.data.note if task.data.source == "embedded" else ""

@@ -30,8 +30,7 @@ import tyro
 import compaware_jax as ca
 from compaware_jax.cost import parameter_cost
 from compaware_jax.law import law_errors, random_keep
-from compaware_jax.propagate import flops_of
-from compaware_jax.surgery import uncut
+from compaware_jax.surgery import work_in
 from compaware_jax.tables import text_table
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -120,10 +119,8 @@ def measure(entry: Entry, plans: int, strict: bool) -> Row:
     errors, share, where = [], 0.0, Counter()
     for _ in range(max(plans, 1)):
         keep = random_keep(groups, rng)
-        plan = ca.plan_units(groups, keep)
-        ran = uncut(apply, plan, wide, *inputs)
-        total = sum(flops_of(eqn) for eqn in groups.analysis.program.block.equations)
-        share = max(share, sum(u.flops for u in ran) / total)
+        ran = ca.uncut(groups, ca.plan_units(groups, keep))
+        share = max(share, sum(u.flops for u in ran) / work_in(groups))
         where.update({u.where for u in ran if not u.again})
         if plans:
             errors += law_errors(apply, arrays, *inputs, keep=keep, groups=groups, compiler_options=COMPILER)
