@@ -1,0 +1,138 @@
+"""Equinox: the law through a module, and a small module back."""
+
+from functools import lru_cache
+from typing import Any
+
+import equinox as eqx
+import jax
+import optax
+import pytest
+
+import compaware_jax as ca
+from compaware_jax.adapters import equinox as adapter
+from compaware_jax.errors import PlanError, TraceError
+from compaware_jax.law import distance
+from tests.adapters.common import TIGHT, cut, drawn, images, random_units, units_without_every_second
+
+
+class Net(eqx.Module):
+    conv: eqx.nn.Conv2d
+    norm: Any
+    attention: eqx.nn.MultiheadAttention
+    layer_norm: Any
+    dense: list
+
+    def __init__(self, key, normalise, batch_norm):
+        keys = jax.random.split(key, 4)
+        self.conv = eqx.nn.Conv2d(2, 6, 3, padding=1, key=keys[0])
+        self.norm = eqx.nn.BatchNorm(6, "batch", mode="batch") if batch_norm else None
+        self.attention = eqx.nn.MultiheadAttention(
+            4, 6, qk_size=2, vo_size=2, use_query_bias=True, output_size=6, key=keys[1]
+        )
+        self.layer_norm = eqx.nn.LayerNorm(6) if normalise else None
+        self.dense = [eqx.nn.Linear(6, 5, key=keys[2]), eqx.nn.Linear(5, 3, key=keys[3])]
+
+    def __call__(self, x, state=None, *, key=None):
+        x = self.conv(x)
+        if self.norm is not None:
+            x, state = self.norm(x, state)
+        x = jax.nn.relu(x).reshape(x.shape[0], -1).T
+        x = self.attention(x, x, x)
+        if self.layer_norm is not None:
+            x = jax.vmap(self.layer_norm)(x)
+        x = self.dense[1](jax.nn.relu(jax.vmap(self.dense[0])(x)).mean(0))
+        return x if self.norm is None else (x, state)
+
+
+def model_and_state(normalise=True, batch_norm=False):
+    model, state = eqx.nn.make_with_state(Net)(jax.random.key(0), normalise, batch_norm)
+    params, rest = eqx.partition(model, eqx.is_inexact_array)
+    return eqx.combine(drawn(params), rest), state
+
+
+@lru_cache
+def prepared(normalise=True):
+    model, _ = model_and_state(normalise)
+    apply, variables = adapter.functional(model)
+    x = images(4, 2, 4, 4)
+    return model, apply, variables, x, ca.find_groups(apply, variables, x[0])
+
+
+def batched(apply):
+    return jax.vmap(apply, (None, 0))
+
+
+def test_law(x64):
+    _, apply, variables, x, groups = prepared()
+    plan, masked = cut(groups, random_units(groups), variables)
+    got = jax.jit(ca.slim(batched(apply), plan))(ca.shrink(variables, plan), x)
+    assert distance(got, jax.jit(batched(apply))(masked, x)) <= TIGHT
+
+
+def test_slimmed_is_a_module_to_go_on_with(x64, tmp_path):
+    model, apply, variables, x, groups = prepared()
+    plan, masked = cut(groups, random_units(groups), variables)
+    small = adapter.slimmed(model, plan)
+    expected = jax.jit(batched(apply))(masked, x)
+    assert distance(jax.jit(jax.vmap(small))(x), expected) <= TIGHT
+    # Keys are passed through, as Equinox users do.
+    assert distance(eqx.filter_jit(small)(x[0], key=jax.random.key(1)), expected[0]) <= TIGHT
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def loss(module, x):
+        return (jax.vmap(module)(x) ** 2).mean()
+
+    optimizer = optax.adam(1e-2)
+    moments = optimizer.init(eqx.filter(small, eqx.is_inexact_array))
+    losses = []
+    for _ in range(3):
+        value, gradients = loss(small, x)
+        updates, moments = optimizer.update(gradients, moments)
+        small = eqx.apply_updates(small, updates)
+        losses.append(float(value))
+    assert losses[-1] < losses[0]
+
+    eqx.tree_serialise_leaves(tmp_path / "small.eqx", small)
+    back = eqx.tree_deserialise_leaves(tmp_path / "small.eqx", adapter.slimmed(model, plan))
+    assert eqx.tree_equal(back, small)
+
+
+def test_state(x64):
+    model, state = model_and_state(batch_norm=True)
+    x = images(4, 2, 4, 4)
+    trained = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    _, state = trained(x, state)
+    model = eqx.nn.inference_mode(model)
+    apply, variables = adapter.functional(model, state)
+    groups = ca.find_groups(apply, variables, x[0])
+    assert any(path.startswith("state/") for group in groups.groups for path, _, _ in group.axes)
+    plan, masked = cut(groups, random_units(groups), variables)
+    small, small_state = adapter.slimmed(model, plan, state)
+    call = jax.jit(jax.vmap(small, in_axes=(0, None), out_axes=(0, None)))
+    output, new_state = call(x, small_state)
+    assert distance(output, jax.jit(batched(apply))(masked, x)) <= TIGHT
+    shapes = [[y.shape for y in jax.tree.leaves(tree)] for tree in (new_state, small_state)]
+    assert shapes[0] == shapes[1]
+    assert sum(y.size for y in jax.tree.leaves(eqx.filter((small, small_state), eqx.is_inexact_array))) == (
+        plan.parameters
+    )
+
+
+def test_smaller(x64):
+    model, apply, variables, x, groups = prepared(normalise=False)
+    keep = units_without_every_second(groups, "attention/query", "attention/key", "attention/value")
+    plan, masked = cut(groups, keep, variables)
+    small = adapter.smaller(model, plan, x[0])
+    assert type(small) is type(model)
+    assert distance(eqx.filter_jit(small)(x[0]), jax.jit(apply)(masked, x[0])) <= TIGHT
+
+    model, _, _, x, groups = prepared()
+    plan = ca.plan_units(groups, units_without_every_second(groups, "attention/query"))
+    with pytest.raises(PlanError, match=r"smaller: the model's own code does not run.* use `slimmed`"):
+        adapter.smaller(model, plan, x[0])
+
+
+def test_models_of_the_wrong_type():
+    with pytest.raises(TraceError, match=r"equinox\.functional: got a dict.*needs no adapter"):
+        adapter.functional({})

@@ -1,0 +1,73 @@
+"""Haiku: the law through a transformed function, and parameters and state for one that is rebuilt."""
+
+import haiku as hk
+import jax
+import pytest
+
+import compaware_jax as ca
+from compaware_jax.adapters import haiku as adapter
+from compaware_jax.errors import PlanError, TraceError
+from compaware_jax.law import distance, law_errors
+from tests.adapters.common import TIGHT, cut, drawn_init, images, random_units
+
+
+def build(conv=6, hidden=5, normalise=True, with_state=True):
+    def net(x, is_training):
+        x = hk.Conv2D(conv, 3)(x)
+        if with_state:
+            x = hk.BatchNorm(True, True, 0.9)(x, is_training)
+        x = jax.nn.relu(x)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        if normalise:
+            x = hk.LayerNorm(-1, True, True)(x)
+        return hk.Linear(3)(jax.nn.relu(hk.Linear(hidden)(x)).mean(1))
+
+    return (hk.transform_with_state if with_state else hk.transform)(net)
+
+
+def test_law(x64):
+    net, x = build(with_state=False), images(2, 4, 4, 2)
+    apply, variables = adapter.functional(net, drawn_init(net.init, x, True), is_training=False)
+    groups = ca.find_groups(apply, variables, x)
+    assert max(law_errors(apply, variables, x, keep=random_units(groups), groups=groups)) <= TIGHT
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_params_and_state_go_on_in_a_rebuilt_net(x64, normalise):
+    net, x = build(normalise=normalise), images(2, 4, 4, 2)
+    params, state = drawn_init(net.init, x, True)
+    training, variables = adapter.functional(net, params, state, updates=True, is_training=True)
+    groups = ca.find_groups(training, variables, x, state_outputs={"1": "state"})
+    plan, masked = cut(groups, random_units(groups), variables)
+    small = ca.shrink(variables, plan)
+    output, new_state = jax.jit(ca.slim(training, plan))(small, x)
+    expected, expected_state = jax.jit(training)(masked, x)
+    assert distance(output, expected) <= TIGHT
+    assert distance(new_state, ca.shrink({**variables, "state": expected_state}, plan)["state"]) <= TIGHT
+    small_params, small_state = adapter.params_and_state(small, state)
+    assert jax.tree.structure(small_state) == jax.tree.structure(state)
+    evaluation, _ = adapter.functional(net, params, state, is_training=False)
+    assert distance(jax.jit(ca.slim(evaluation, plan))(small, x), jax.jit(evaluation)(masked, x)) <= TIGHT
+
+    rebuilt = build(
+        conv=small_params["conv2_d"]["w"].shape[-1],
+        hidden=small_params["linear_1"]["w"].shape[-1],
+        normalise=normalise,
+    )
+    rebuilt_apply, _ = adapter.functional(rebuilt, small_params, small_state, is_training=False)
+    if normalise:
+        with pytest.raises(PlanError, match="normalisation over a cut axis"):
+            adapter.check_rebuilt(rebuilt_apply, evaluation, plan, variables, x)
+        return
+    assert adapter.check_rebuilt(rebuilt_apply, evaluation, plan, variables, x) <= TIGHT
+    _, rebuilt_state = rebuilt.apply(small_params, small_state, None, x, is_training=True)
+    assert distance(rebuilt_state, adapter.params_and_state({**small, "state": new_state}, state)[1]) < 0.1
+
+
+def test_refusals():
+    with pytest.raises(TraceError, match=r"without its state\. Pass functional\(transformed, params, state"):
+        adapter.functional(build(), {})
+    with pytest.raises(TraceError, match="a Transformed, which has no state"):
+        adapter.functional(build(with_state=False), {}, {})
+    with pytest.raises(TraceError, match=r"got a function, expected what hk\.transform"):
+        adapter.functional(lambda x: x, {})
