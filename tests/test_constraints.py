@@ -6,7 +6,7 @@ import pytest
 
 import compaware_jax as ca
 from compaware_jax.cost import parameter_cost
-from compaware_jax.errors import BudgetError
+from compaware_jax.errors import BudgetError, PlanError
 from compaware_jax.law import law_errors, random_keep
 from compaware_jax.select import keep_units, round_counts, uniform_counts
 
@@ -124,6 +124,36 @@ def test_groups_forced_apart_have_coefficients_of_their_own(groups):
     keep = keep_units(parts, np.random.default_rng(0).random(parts.units), counts)
     plan = ca.plan_units(parts, keep)
     assert len(plan.kept[[leaf.path for leaf in plan.leaves].index("encoder/w")][1]) == 7
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_group_is_emptied_only_where_that_is_allowed():
+    rng = np.random.default_rng(0)
+    shapes = {"in": (3, 8), "up": (8, 5), "down": (5, 8), "out": (8, 2)}
+    variables = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+
+    def apply(v, x):
+        x = x @ v["in"]
+        inner = jnp.exp(x @ v["up"])  # Not zero where a channel is gone, ...
+        return (x + inner.max(-1, keepdims=True) + jnp.tanh(x @ v["up"]) @ v["down"]) @ v["out"]
+
+    x = rng.normal(size=(4, 3))
+    groups = ca.find_groups(apply, variables, x)
+    inner = next(group for group in groups.groups if group.name == "up")
+    keep = np.ones(groups.units, bool)
+    keep[inner.slice] = False
+    with pytest.raises(PlanError, match=r"nothing of the group `up`.*may_empty"):
+        ca.plan_units(groups, keep)
+    allowed = ca.constrain(groups, may_empty="up")
+    assert allowed.floors.tolist() == [0 if group is inner else 1 for group in groups.groups]
+    plan = ca.plan_units(allowed, keep)
+    assert ca.shrink(variables, plan)["up"].shape == (8, 0)
+    assert ca.Plan.from_json(plan.to_json()) == plan
+    assert max(law_errors(apply, variables, x, keep=keep, groups=allowed)) <= 1e-10
+    # ... so the largest over nothing runs at full width, and the product over nothing does not run.
+    assert [e.where.split("`")[1] for e in ca.uncut(allowed, plan) if not e.again] == ["reduce_max"]
+    cost = parameter_cost(allowed)
+    assert round_counts(cost, np.where(groups.sizes == 5, 1e-3, 1.0), cost.total - 70).tolist() == [8, 0]
 
 
 @pytest.mark.parametrize(
