@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from compaware_jax.loop import run_steps
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.request import check_request, describe_request
 from compaware_jax.select import keep_units, round_counts
-from compaware_jax.surgery import shrink, slim
+from compaware_jax.surgery import Uncut, shrink, slim, uncut, work_in
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Result:
       groups: what could leave.
       coefficients: kept share per group that the search ended with, shape (groups,).
       adapted: the weights that the search ended with, at full width, before surgery and fine-tune.
+      uncut: what of the small function runs at full width; no cost counts it.
       verdicts: per criterion its value before and after, and whether it is kept.
       costs: per cost its value before and after.
       history: per phase ("search", "fine-tune") the means over chunks of steps.
@@ -46,6 +50,7 @@ class Result:
     groups: Groups
     coefficients: np.ndarray
     adapted: Any
+    uncut: tuple[Uncut, ...]
     verdicts: tuple[Verdict, ...]
     costs: Mapping[str, tuple[int, int]]
     history: Mapping[str, Mapping[str, np.ndarray]]
@@ -139,6 +144,7 @@ def compress(
     counts = round_counts(cost, coefficients, limit)
     keep = keep_units(groups, np.asarray(score(groups, trained)), counts)
     plan = plan_units(groups, keep)
+    ran = _checked_work(groups, plan)
 
     small_apply = slim(apply, plan)
     small, tune_history = fit(
@@ -164,7 +170,22 @@ def compress(
         groups=groups,
         coefficients=coefficients,
         adapted=trained,
+        uncut=ran,
         verdicts=verdicts,
         costs={name: (c.total, c.exact(counts)) for name, c in costs.items()},
         history={"search": search_history, "fine-tune": tune_history},
     )
+
+
+def _checked_work(groups: Groups, plan: Plan) -> tuple[Uncut, ...]:
+    """What runs at full width; a warning where that is much."""
+    ran = uncut(groups, plan)
+    share = sum(equation.flops for equation in ran) / max(work_in(groups), 1)
+    if share > 0.01:
+        _LOG.warning(
+            "%.0f %% of the FLOPs still run at full width, e.g. %s, because the small result would not be "
+            "exact. Result.uncut lists them; constrain(groups, whole=...) keeps the units that cause it.",
+            100 * share,
+            ran[0].where,
+        )
+    return ran

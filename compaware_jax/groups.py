@@ -222,7 +222,7 @@ class Groups:
             tables.append("never read by the function: " + ", ".join(self.unread))
         return "\n\n".join(tables)
 
-    def fixed_table(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    def fixed_table(self) -> tuple[tuple[str, ...], Sequence[tuple[object, ...]]]:
         """Header and rows of a table of the axes that stay whole; many are counted by reason."""
         if len(self.fixed) <= _LISTED:
             listed = [(f"{f.path}[{f.axis}]", f.indices, f.reason) for f in self.fixed]

@@ -202,7 +202,9 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
     ``apply(expand(shrink(variables, plan), plan), *args)`` up to the order of summation.
 
     The function is traced again for every new input shape, so it takes any batch size, and it composes
-    with `jit`, `grad`, `vmap` and `jax.export`. Nothing in the model's code changes.
+    with `jit`, `grad`, `vmap` and `jax.export`. Nothing in the model's code changes. To export a function
+    of any batch size, map that of one example: ``jax.vmap(lambda x: small(variables, x[None])[0])`` takes
+    a symbolic batch.
 
     Args:
       apply: the function that the groups were found for, or another function of the same variables.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.export
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
@@ -253,6 +254,12 @@ def _input(path: Any, leaf: Any) -> Any:
 
 def _abstract(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
+        if any(map(jax.export.is_symbolic_dim, leaf.shape)):
+            raise TraceError(
+                f"trace: the input `{path_name(path)}` has the symbolic shape {leaf.shape}, expected numbers."
+                " To export any batch size, map the function of one example: "
+                "jax.export.export(jax.jit(jax.vmap(lambda x: slim(apply, plan)(variables, x[None])[0])))."
+            )
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # typed random keys
         return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))

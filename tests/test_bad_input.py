@@ -181,3 +181,20 @@ def test_plan_of_another_function():
 
     with pytest.raises(PlanError, match=r"separates channels|needs whole"):
         ca.slim(other, plan)(ca.shrink(variables(), plan), X)
+
+
+def test_symbolic_batch_is_refused_and_its_remedy_works():
+    def apply(v, x):
+        return jnp.tanh(x.reshape(x.shape[0], -1) @ v["a"]) @ v["b"]
+
+    rng = np.random.default_rng(0)
+    variables = {"a": jnp.asarray(rng.normal(size=(6, 8))), "b": jnp.asarray(rng.normal(size=(8, 2)))}
+    plan = ca.plan_units(ca.find_groups(apply, variables, jnp.ones((1, 2, 3))), np.arange(8) < 5)
+    small, small_apply = ca.shrink(variables, plan), ca.slim(apply, plan)
+    (batch,) = jax.export.symbolic_shape("batch")
+    x = jax.ShapeDtypeStruct((batch, 2, 3), float)
+    with pytest.raises(TraceError, match=r"symbolic shape.*vmap"):
+        jax.export.export(jax.jit(lambda x: small_apply(small, x)))(x)
+    exported = jax.export.export(jax.jit(jax.vmap(lambda x: small_apply(small, x[None])[0])))(x)
+    images = jnp.asarray(rng.normal(size=(5, 2, 3)))
+    np.testing.assert_allclose(exported.call(images), small_apply(small, images), rtol=1e-5)

@@ -242,3 +242,31 @@ def test_sweep_is_what_compress_does(trained):
         assert got == pytest.approx(point.metrics["error"], rel=1e-4)
         assert point.kept["error"] == (got <= 0.25)
     assert not np.array_equal(points[0].coefficients, points[1].coefficients)
+
+
+def test_work_at_full_width_is_said(caplog):
+    """A token that is zero still takes part in a softmax, so a removed one leaves it at full width."""
+    rng = np.random.default_rng(0)
+    shapes = {"tokens": (6, 8), "query": (8, 4), "key": (8, 4), "out": (8, 2)}
+    variables = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+    def apply(v, x):
+        tokens = jnp.concatenate([jnp.broadcast_to(v["tokens"], (len(x), 6, 8)), x], 1)
+        scores = (tokens @ v["query"]) @ (tokens @ v["key"]).swapaxes(1, 2)
+        return (jax.nn.softmax(scores) @ tokens)[:, 6:].mean(1) @ v["out"]
+
+    x = jnp.asarray(rng.normal(size=(4, 3, 8)), jnp.float32)
+    groups = ca.find_groups(apply, variables, x)
+    result = ca.compress(
+        apply,
+        variables,
+        lambda f, v, batch: jnp.mean(f(v, batch) ** 2),
+        lambda step: x,
+        groups=ca.constrain(groups, ceiling={"tokens": 3}),
+        budget=ca.params(0.7),
+        search=ca.GradientSearch(steps=5),
+        fine_tune=2,
+        progress=False,
+    )
+    assert "reduce_max" in "".join(equation.where for equation in result.uncut)
+    assert "FLOPs still run at full width" in caplog.text
