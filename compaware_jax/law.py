@@ -53,18 +53,15 @@ def law_errors(
       apply: the function that the groups were found for.
       variables: its variables.
       *args: its inputs.
-      keep: units to keep, shape (units,).
+      keep: units to keep, shape (units,), or (plans, units) for several plans.
       groups: what can leave.
       slimmer: makes the small function; `slim`, or what is to be compared with it.
       **options: for `jax.jit`, e.g. compiler options.
 
     Returns:
       Relative error of the outputs, and of the gradients by the variables against their global norm (of
-      a random linear function of the outputs).
+      a random linear function of the outputs); the largest over the plans.
     """
-    plan = plan_units(groups, keep)
-    masked = jax.jit(lambda v: apply_mask(groups, jnp.asarray(keep, float), v))(variables)
-    small, small_apply = shrink(variables, plan), slimmer(apply, plan)
 
     def loss(f: Callable[..., Any], tree: Any) -> tuple[jax.Array, Any]:
         outputs = f(tree, *args)
@@ -87,14 +84,22 @@ def law_errors(
 
         return run
 
-    (_, expected), expected_grad = jax.jit(evaluate(apply), **options)(masked)
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves(expected_grad)):
-        # Compiled, the derivative of a minimum can be 0/0 (XLA computes the compared values twice, in
-        # different roundings, and finds no minimum); op by op it cannot.
-        (_, expected), expected_grad = evaluate(apply)(masked)
-    (_, got), got_grad = jax.jit(evaluate(small_apply), **options)(small)
-    expected_grad = shrink(jax.device_get(expected_grad), plan)
-    return distance(got, expected), distance(got_grad, expected_grad)
+    full = jax.jit(evaluate(apply), **options)
+    errors = []
+    for units in np.atleast_2d(keep):
+        plan = plan_units(groups, units)
+        masked = apply_mask(groups, jnp.asarray(units, float), variables)
+        (_, expected), expected_grad = full(masked)
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(expected_grad)):
+            # Compiled, the derivative of a minimum can be 0/0 (XLA computes the compared values twice, in
+            # different roundings, and finds no minimum); op by op it cannot.
+            (_, expected), expected_grad = evaluate(apply)(masked)
+        small = jax.jit(evaluate(slimmer(apply, plan)), **options)
+        (_, got), got_grad = small(shrink(variables, plan))
+        expected_grad = shrink(jax.device_get(expected_grad), plan)
+        errors.append((distance(got, expected), distance(got_grad, expected_grad)))
+    outputs, gradients = np.max(errors, axis=0).tolist()
+    return outputs, gradients
 
 
 def distance(got: Any, expected: Any) -> float:

@@ -116,15 +116,16 @@ def measure(entry: Entry, plans: int, strict: bool) -> Row:
     seconds = time.perf_counter() - start
     cost = parameter_cost(groups)
     arrays = draw(wide, rng) if plans else None
-    errors, share, where = [], 0.0, Counter()
-    for _ in range(max(plans, 1)):
-        keep = random_keep(groups, rng)
+    keeps, share, where = [random_keep(groups, rng) for _ in range(max(plans, 1))], 0.0, Counter()
+    for keep in keeps:
         ran = ca.uncut(groups, ca.plan_units(groups, keep))
         share = max(share, sum(u.flops for u in ran) / work_in(groups))
         where.update({u.where for u in ran if not u.again})
-        if plans:
-            errors += law_errors(apply, arrays, *inputs, keep=keep, groups=groups, compiler_options=COMPILER)
-            jax.clear_caches()
+    law = None
+    if plans:
+        stacked = np.stack(keeps)
+        law = max(law_errors(apply, arrays, *inputs, keep=stacked, groups=groups, compiler_options=COMPILER))
+        jax.clear_caches()
     return Row(
         name=entry.name,
         source=entry.source,
@@ -136,7 +137,7 @@ def measure(entry: Entry, plans: int, strict: bool) -> Row:
         parameters=cost.total,
         prunable=1 - cost.floor / cost.total,
         seconds=seconds,
-        law=max(errors) if errors else None,
+        law=law,
         uncut=sorted(where),
         uncut_flops=share,
         fixed=dict(Counter(axis.kind for axis in groups.fixed).most_common()),
