@@ -59,7 +59,7 @@ class Args:
 def models() -> dict[str, Callable[[], Any]]:
     """The two models of the comparison, at the peer's input size."""
     from zoo_models import convolutional
-    from zoo_models.sequence import LinenViT
+    from zoo_models.vision_transformers import LinenViT
 
     def vit() -> Any:
         module = LinenViT()
@@ -107,7 +107,7 @@ def compare(args: Args) -> list[tuple[Any, ...]]:
 
 def analyse_decoder(preset: str) -> dict[str, Any]:
     """Seconds and peak memory of one abstract decoder."""
-    from zoo_models.sequence import PRESETS, llama
+    from zoo_models.decoders import PRESETS, llama
 
     apply, variables, inputs = llama(PRESETS[preset])
     start = time.perf_counter()
