@@ -6,6 +6,7 @@
 * ResNet-50 and ViT-B/16 at 224×224 on the CPU: discovery plus one pruning step (L2, half of the units),
   best of a few rounds with JAX's trace caches cleared, beside Torch-Pruning's graph building plus one
   step in the same run. Goal: a ratio of at most 0.5.
+* The groups and units of these, MobileNetV1 and DenseNet-121 beside Torch-Pruning's groups and channels.
 * A Llama-like decoder of 1 B and 7 B abstract parameters, each in a process of its own: seconds and peak
   memory. Goal: 30 s and 2 GB.
 * Seconds per equation from 10² to 10⁴ dense layers: `runs/discovery/depth.png`.
@@ -39,6 +40,14 @@ HERE = Path(__file__).parent
 IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 sys.path.insert(0, str(HERE))
 
+TIMED = ("ResNet-50", "ViT-B/16")
+# Where the groups differ in size from Torch-Pruning's.
+WHY = {
+    "ViT-B/16": "per layer the peer has one group of 768 query-key-value channels for the attention; Linen's "
+    "kernels keep heads and their channels on two axes, so here it is three: 12 heads, 64 query-key and 64 "
+    "value channels, each of all heads"
+}
+
 
 @dataclass(frozen=True)
 class Args:
@@ -57,57 +66,83 @@ class Args:
 
 
 def models() -> dict[str, Callable[[], Any]]:
-    """The two models of the comparison, at the peer's input size."""
+    """The models of the comparison; their input is `IMAGE`."""
     from zoo_models import convolutional
-    from zoo_models.sequence import LinenViT
+    from zoo_models.vision_transformers import LinenViT
 
     def vit() -> Any:
         module = LinenViT()
         return module.apply, jax.eval_shape(module.init, jax.random.key(0), IMAGE), (IMAGE,)
 
     by_name = {entry.name: entry for entry in convolutional.ENTRIES}
-    return {"ResNet-50": by_name["ResNet-50 v1"].build, "ViT-B/16": vit}
+    return {
+        "ResNet-50": by_name["ResNet-50 v1"].build,
+        "MobileNetV1": by_name["MobileNetV1"].build,
+        "DenseNet-121": by_name["DenseNet-121"].build,
+        "ViT-B/16": vit,
+    }
 
 
-def one_step(apply: Any, variables: Any, image: Any) -> ca.Groups:
+def measure_peer(args: Args) -> dict[str, dict[str, Any]]:
+    """What Torch-Pruning finds and takes, by model; empty without its Python."""
+    if args.torch_python is None:
+        return {}
+    counted = [name for name in models() if name not in TIMED]
+    found: dict[str, dict[str, Any]] = {}
+    for names, rounds in ((TIMED, args.rounds), (counted, 0)):
+        command = [args.torch_python, str(HERE / "peers/torch_discovery.py")]
+        command += ["--rounds", str(rounds), "--models", *names]
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+        found |= json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def one_step(apply: Any, variables: Any, image: Any) -> None:
     """Discovery and one pruning step: half of every group's units, by L2 norm."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     groups = ca.find_groups(apply, shapes, image)
     keep = keep_units(groups, l2(groups, variables), np.maximum(groups.sizes // 2, groups.floors))
     jax.block_until_ready(ca.shrink(variables, ca.plan_units(groups, keep)))
-    return groups
 
 
-def compare(args: Args) -> list[tuple[Any, ...]]:
-    """One row per model: ours, the peer's, the ratio."""
-    peer: dict[str, Any] = {}
-    if args.torch_python:
-        command = [args.torch_python, str(HERE / "peers/torch_discovery.py"), "--rounds", str(args.rounds)]
-        run = subprocess.run(command, check=True, capture_output=True, text=True)
-        peer = json.loads(run.stdout.splitlines()[-1])
+def compare_seconds(args: Args, peer: dict[str, dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """One row per timed model: ours, the peer's, the ratio."""
     rows = []
-    for name, build in models().items():
-        apply, shapes, _ = build()
+    for name in TIMED:
+        apply, shapes, _ = models()[name]()
         variables = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
         times = []
         for _ in range(args.rounds):
             jax.clear_caches()
             start = time.perf_counter()
-            groups = one_step(apply, variables, IMAGE)
+            one_step(apply, variables, IMAGE)
             times.append(time.perf_counter() - start)
-        theirs = peer.get(name, {})
-        ratio = f"{min(times) / theirs['seconds']:.2f}" if theirs else "–"
-        found = (len(groups.groups), groups.units)
-        rows.append(
-            (name, f"{min(times):.2f}", f"{theirs['seconds']:.2f}" if theirs else "–", ratio, *found)
-            + ((theirs["groups"], theirs["channels"]) if theirs else ("–", "–"))
-        )
+        ours, theirs = min(times), peer[name]["seconds"] if peer else None
+        compared = (f"{theirs:.2f}", f"{ours / theirs:.2f}") if theirs else ("–", "–")
+        rows.append((name, f"{ours:.2f}", *compared))
+    return rows
+
+
+def compare_groups(peer: dict[str, dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """One row per model: our groups and units, the peer's groups and channels, why they differ if they do."""
+    rows = []
+    for name, build in models().items():
+        apply, shapes, _ = build()
+        groups = ca.find_groups(apply, shapes, IMAGE)
+        row = (name, len(groups.groups), groups.units)
+        if not peer:
+            rows.append((*row, "–", "–", ""))
+            continue
+        theirs = peer[name]["sizes"]
+        same = sorted(theirs) == sorted(groups.sizes.tolist())
+        why = "" if same else WHY.get(name, "unexplained")
+        rows.append((*row, len(theirs), sum(theirs), why))
     return rows
 
 
 def analyse_decoder(preset: str) -> dict[str, Any]:
     """Seconds and peak memory of one abstract decoder."""
-    from zoo_models.sequence import PRESETS, llama
+    from zoo_models.decoders import PRESETS, llama
 
     apply, variables, inputs = llama(PRESETS[preset])
     start = time.perf_counter()
@@ -171,8 +206,11 @@ def main(args: Args) -> None:
         print(json.dumps(analyse_decoder(args.decoder)))
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    header = ("model", "s", "peer s", "ratio", "groups", "units", "peer groups", "peer channels")
-    print(text_table(header, compare(args), "Discovery and one pruning step, 224×224, CPU"))
+    peer = measure_peer(args)
+    header = ("model", "s", "peer s", "ratio")
+    print(text_table(header, compare_seconds(args, peer), "Discovery and one pruning step, 224×224, CPU"))
+    header = ("model", "groups", "units", "peer groups", "peer channels", "why")
+    print(text_table(header, compare_groups(peer), "Groups"))
     rows = []
     for preset in ("1b", "7b"):
         command = [sys.executable, __file__, "--decoder", preset]

@@ -78,9 +78,18 @@ class Row:
 
 def entries() -> tuple[Entry, ...]:
     """All models of the zoo."""
-    from zoo_models import convolutional, sequence, structures
+    from zoo_models import (
+        agents,
+        convolutional,
+        decoders,
+        encoders,
+        recurrent,
+        structures,
+        vision_transformers,
+    )
 
-    return (*convolutional.ENTRIES, *sequence.ENTRIES, *structures.ENTRIES)
+    kinds = (convolutional, vision_transformers, decoders, encoders, recurrent, agents, structures)
+    return tuple(entry for kind in kinds for entry in kind.ENTRIES)
 
 
 def draw(tree: Any, rng: np.random.Generator) -> Any:

@@ -1,9 +1,9 @@
-"""Torch-Pruning's discovery on ResNet-50 and ViT-B/16 in plain PyTorch; called by `bench_discovery.py`.
+"""Torch-Pruning's discovery on models in plain PyTorch; called by `bench_discovery.py`.
 
     python experiments/peers/torch_discovery.py --rounds 3     # in an environment with torch, torch-pruning
 
-Prints JSON: per model the seconds of building the dependency graph plus one pruning step, and the group
-counts.
+Prints JSON: per model the sizes of the groups and, if there are rounds, the seconds of building the
+dependency graph plus one pruning step.
 """
 
 from __future__ import annotations
@@ -52,6 +52,69 @@ class ResNet50(nn.Module):
                 layers.append(Bottleneck(width, inner, out, 2 if block == 0 and stage > 0 else 1))
                 width = out
         self.features, self.head = nn.Sequential(*layers), nn.Linear(width, 1000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Class scores."""
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def conv_norm(
+    width: int, out: int, kernel: int, stride: int, padding: int, groups: int = 1
+) -> list[nn.Module]:
+    """A convolution without bias, batch norm, ReLU."""
+    conv = nn.Conv2d(width, out, kernel, stride, padding, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(out), nn.ReLU()]
+
+
+class MobileNetV1(nn.Module):
+    """MobileNetV1, width 1: a stem without padding, then depthwise 3×3 and pointwise 13 times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers, width = conv_norm(3, 32, 3, 2, 0), 32
+        outs = (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
+        for out, stride in zip(outs, (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1), strict=True):
+            layers += conv_norm(width, width, 3, stride, 1, groups=width) + conv_norm(width, out, 1, 1, 0)
+            width = out
+        self.features, self.head = nn.Sequential(*layers), nn.Linear(width, 1000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Class scores."""
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def norm_conv(width: int, out: int, kernel: int) -> list[nn.Module]:
+    """Batch norm, ReLU, a convolution without bias that keeps the size."""
+    return [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, out, kernel, 1, kernel // 2, bias=False)]
+
+
+class DenseLayer(nn.Module):
+    """1×1 to four growths, 3×3 to one growth, appended to the input."""
+
+    def __init__(self, width: int, growth: int):
+        super().__init__()
+        self.layers = nn.Sequential(*norm_conv(width, 4 * growth, 1), *norm_conv(4 * growth, growth, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer."""
+        return torch.cat([x, self.layers(x)], 1)
+
+
+class DenseNet121(nn.Module):
+    """DenseNet-121: growth 32, transitions that halve."""
+
+    def __init__(self, growth: int = 32):
+        super().__init__()
+        layers, width = [*conv_norm(3, 64, 7, 2, 3), nn.MaxPool2d(3, 2, 1)], 64
+        for stage, depth in enumerate((6, 12, 24, 16)):
+            for _ in range(depth):
+                layers.append(DenseLayer(width, growth))
+                width += growth
+            if stage < 3:
+                layers += [*norm_conv(width, width // 2, 1), nn.AvgPool2d(2)]
+                width //= 2
+        self.features = nn.Sequential(*layers, nn.BatchNorm2d(width), nn.ReLU())
+        self.head = nn.Linear(width, 1000)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Class scores."""
@@ -110,8 +173,11 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(x))[:, 0])
 
 
+MODELS = {"ResNet-50": ResNet50, "MobileNetV1": MobileNetV1, "DenseNet-121": DenseNet121, "ViT-B/16": ViT}
+
+
 def measure(make: type[nn.Module], rounds: int) -> dict[str, object]:
-    """Best seconds of graph building plus one pruning step, and what was found."""
+    """The channels of each group, and the best seconds of graph building plus one pruning step."""
     image, times = torch.zeros(1, 3, 224, 224), []
     for _ in range(rounds):
         model = make().eval()
@@ -136,21 +202,20 @@ def measure(make: type[nn.Module], rounds: int) -> dict[str, object]:
         times.append((time.perf_counter() - start, built - start))
     model = make().eval()
     graph = tp.DependencyGraph().build_dependency(model, image)
-    found = list(graph.get_all_groups(ignored_layers=[model.head]))
-    return {
-        "seconds": min(t[0] for t in times),
-        "build": min(t[1] for t in times),
-        "groups": len(found),
-        "channels": sum(len(group[0].idxs) for group in found),
-    }
+    found = graph.get_all_groups(ignored_layers=[model.head])
+    sizes: dict[str, object] = {"sizes": [len(group[0].idxs) for group in found]}
+    if not times:
+        return sizes
+    return sizes | {"seconds": min(t[0] for t in times), "build": min(t[1] for t in times)}
 
 
 def main() -> None:
-    """Measure both models."""
+    """Measure the models."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
-    print(json.dumps({"ResNet-50": measure(ResNet50, rounds), "ViT-B/16": measure(ViT, rounds)}))
+    parser.add_argument("--rounds", type=int, default=3, help="the best of so many; 0: no timing")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    args = parser.parse_args()
+    print(json.dumps({name: measure(MODELS[name], args.rounds) for name in args.models}))
 
 
 if __name__ == "__main__":
