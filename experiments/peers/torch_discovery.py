@@ -196,6 +196,7 @@ def measure(make: type[nn.Module], rounds: int) -> dict[str, object]:
             ignored_layers=[model.head],
             num_heads=heads,
             prune_num_heads=bool(heads),
+            head_pruning_ratio=0.5,
         )
         built = time.perf_counter()
         pruner.step()
