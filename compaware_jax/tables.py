@@ -1,4 +1,4 @@
-"""Tables as plain text."""
+"""Tables as plain text and as Markdown."""
 
 from __future__ import annotations
 
@@ -25,11 +25,22 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]], title: s
     return "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows as a Markdown table; columns whose cells are all numbers are set flush right."""
+    numeric = [all(is_number(row[column]) for row in rows) for column in range(len(header))]
+    lines = [header, ["--:" if right else "---" for right in numeric], *rows]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
 def is_number(cell: object) -> bool:
     """Whether a cell reads as a figure, with or without its unit."""
-    text = str(cell).replace(",", "").replace("%", "").replace("×", "").replace("–", "0").strip()
+    figure, *unit = str(cell).replace(",", "").strip("%×–~ ").split(" ") or [""]
+    if len(unit) > 1 or len("".join(unit)) > 5:
+        return False
     try:
-        float(text.split(" ")[0] if text else "0")
+        float(figure.strip("%×") or "0")
     except ValueError:
         return False
     return True

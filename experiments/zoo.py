@@ -31,7 +31,7 @@ import compaware_jax as ca
 from compaware_jax.cost import parameter_cost
 from compaware_jax.law import law_errors, random_keep
 from compaware_jax.surgery import work_in
-from compaware_jax.tables import text_table
+from compaware_jax.tables import markdown_table, text_table
 
 sys.path.insert(0, str(Path(__file__).parent))
 from zoo_models.entry import Entry
@@ -159,38 +159,40 @@ def _widened(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, jnp.float64 if floating else x.dtype)
 
 
+HEADER = (
+    "model", "eqns", "groups", "units", "by hand", "prunable", "s", "law", "un-cut", "FLOPs", "fixed",
+)  # fmt: skip
+
+
+def cells(row: Row) -> tuple[object, ...]:
+    """A row of the table."""
+    return (
+        row.name,
+        row.equations,
+        row.groups,
+        row.units,
+        row.units_by_hand,
+        f"{row.prunable:.1%}",
+        f"{row.seconds:.2f}",
+        "–" if row.law is None else f"{row.law:.1e}",
+        len(row.uncut),
+        f"{row.uncut_flops:.1%}",
+        "; ".join(f"{n}× {reason}" for reason, n in row.fixed.items()),
+    )
+
+
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    header = (
-        "model",
-        "eqns",
-        "groups",
-        "units",
-        "by hand",
-        "prunable",
-        "s",
-        "law",
-        "un-cut",
-        "FLOPs",
-        "fixed",
-    )
-    lines = [
-        (
-            row.name,
-            row.equations,
-            row.groups,
-            row.units,
-            row.units_by_hand,
-            f"{row.prunable:.1%}",
-            f"{row.seconds:.2f}",
-            "–" if row.law is None else f"{row.law:.1e}",
-            len(row.uncut),
-            f"{row.uncut_flops:.1%}",
-            "; ".join(f"{n}× {reason}" for reason, n in row.fixed.items()),
-        )
-        for row in rows
+    title = f"{len(rows)} models; law: largest relative error, bound {BOUND:g}"
+    return text_table(HEADER, [cells(row) for row in rows], title)
+
+
+def markdown(rows: list[Row]) -> str:
+    """The rows as Markdown, with how the units were counted by hand and what runs at full width."""
+    more = [
+        (*cells(row), row.by_hand, "; ".join(where.split(" (")[0] for where in row.uncut[:3])) for row in rows
     ]
-    return text_table(header, lines, f"{len(rows)} models; law: largest relative error, bound {BOUND:g}")
+    return markdown_table((*HEADER, "the count by hand", "un-cut, first of them"), more)
 
 
 def main(args: Args) -> None:
@@ -204,9 +206,8 @@ def main(args: Args) -> None:
         rows.append(measure(entry, args.plans, args.strict))
         print(table(rows[-1:]), f"({time.perf_counter() - start:.0f} s)", flush=True)
         (args.output / "zoo.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    text = table(rows)
-    (args.output / "zoo.md").write_text(text)
-    print(text)
+    (args.output / "zoo.md").write_text(markdown(rows) + "\n")
+    print(table(rows))
     wrong = [row.name for row in rows if row.law is not None and row.law > BOUND]
     short = [row.name for row in rows if row.units < row.units_by_hand]
     print(f"above {BOUND:g}: {wrong or 'none'}; fewer units than counted by hand: {short or 'none'}")
