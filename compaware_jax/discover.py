@@ -10,6 +10,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from compaware_jax.errors import TraceError
+from compaware_jax.factors import JointCuts
 from compaware_jax.groups import COLLECTIONS, FixedAxis, Group, Groups, Leaf, default_component, leaves_of
 from compaware_jax.propagate import Analysis, analyse, work_of
 from compaware_jax.trace import Program, trace
@@ -22,6 +23,7 @@ def find_groups(
     components: Callable[[str], str] = default_component,
     released: Sequence[str] = (),
     state_outputs: Mapping[str, str] | None = None,
+    within_heads: bool = False,
     inexact: bool = False,
     strict: bool = False,
     **kwargs: Any,
@@ -38,6 +40,8 @@ def find_groups(
       state_outputs: maps the tree paths of outputs that are the next value of leaves (running averages,
         an EMA target, a recurrent carry) to the leaves' paths, e.g. ``{"1/batch_stats": "batch_stats"}``;
         sub-trees stand for all that is in them. They come out cut as their leaves are.
+      within_heads: where one axis holds the heads of an attention and their channels, cut the same
+        channels of all heads instead of whole heads. (Where they are two axes, both can leave anyway.)
       inexact: also release groups whose removal differs from masking (a norm of a removed column).
       strict: raise at a primitive without a rule instead of keeping whole what reaches it.
       **kwargs: further example inputs, by name.
@@ -74,7 +78,13 @@ def find_groups(
             )
     pairs = tuple((state_outputs or {}).items())
     states = _checked_states(program, pairs)
-    analysis = analyse(program, released=program.positions(released), states=states, strict=strict)
+    analysis = analyse(
+        program,
+        released=program.positions(released),
+        states=states,
+        strict=strict,
+        cuts=JointCuts(within_heads=within_heads),
+    )
     return _collect(analysis, leaves_of(variables), components, inexact, released, pairs)
 
 

@@ -42,6 +42,23 @@ Choice = tuple[tuple[int, ...], tuple[int, ...]]
 """Sizes of a joint factor's axes that an operation keeps, and of those that it does away with."""
 
 
+@dataclass(frozen=True)
+class JointCuts:
+    """How joint factors are cut where an operation leaves a choice.
+
+    Attributes:
+      within_heads: products over (head, channel) leave by channels of all heads, not by whole heads.
+      choices: the choices that are not taken the usual way; see `Ledger.chosen`.
+    """
+
+    within_heads: bool = False
+    choices: frozenset[Choice] = frozenset()
+
+
+USUAL = JointCuts()
+"""Whole heads; otherwise the outer of two joined axes."""
+
+
 @dataclass(frozen=True, eq=False)
 class Tracked:
     """What a coupling rule sees of a value: its shape, its factors, its value where uniform.
@@ -69,12 +86,12 @@ class Ledger:
 
     Attributes:
       size: atoms handed out.
-      choices: which of the choices met are to be taken; see `chosen`.
+      cuts: how joint factors are cut.
       met: choices met.
     """
 
     size: int = 0
-    choices: frozenset[Choice] = frozenset()
+    cuts: JointCuts = USUAL
     met: set[Choice] = field(default_factory=set)
     _edges: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     _fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
@@ -88,7 +105,7 @@ class Ledger:
         Equations that meet the same choice take it alike. The analysis tries both.
         """
         self.met.add(choice)
-        return choice in self.choices
+        return choice in self.cuts.choices
 
     def fresh(self, *shape: int) -> np.ndarray:
         """New atoms, of the given shape."""

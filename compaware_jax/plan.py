@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from compaware_jax.errors import PlanError
+from compaware_jax.factors import USUAL, JointCuts
 from compaware_jax.groups import Groups, Leaf, fingerprint
 
 Indices = tuple[int, ...]
@@ -27,6 +28,7 @@ class Plan:
       counts: per group its name, the units kept and the units there were.
       released: tree paths of outputs that come out cut.
       states: (output path, leaf path) pairs of outputs that are the next value of leaves.
+      cuts: how axes that an operation joins were cut.
     """
 
     leaves: tuple[Leaf, ...]
@@ -34,6 +36,7 @@ class Plan:
     counts: tuple[tuple[str, int, int], ...]
     released: tuple[str, ...] = ()
     states: tuple[tuple[str, str], ...] = ()
+    cuts: JointCuts = USUAL
 
     @property
     def fingerprint(self) -> str:
@@ -61,6 +64,8 @@ class Plan:
                 "counts": [list(count) for count in self.counts],
                 "released": self.released,
                 "states": [list(pair) for pair in self.states],
+                "within_heads": self.cuts.within_heads,
+                "choices": sorted(self.cuts.choices),
                 "leaves": [
                     {"path": leaf.path, "shape": leaf.shape, "dtype": leaf.dtype, "kept": kept}
                     for leaf, kept in zip(self.leaves, self.kept, strict=True)
@@ -88,13 +93,15 @@ class Plan:
             counts = tuple((str(n), int(k), int(u)) for n, k, u in data["counts"])
             released = tuple(map(str, data["released"]))
             states = tuple((str(output), str(leaf)) for output, leaf in data.get("states", ()))
+            choices = [(tuple(map(int, a)), tuple(map(int, b))) for a, b in data.get("choices", ())]
+            cuts = JointCuts(bool(data.get("within_heads", False)), frozenset(choices))
             stated = data["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(
                 f"Plan.from_json: not a plan ({type(error).__name__}: {error}). Expected the text that "
                 "Plan.to_json writes."
             ) from error
-        plan = cls(leaves, kept, counts, released, states)
+        plan = cls(leaves, kept, counts, released, states, cuts)
         if plan.fingerprint != stated:
             raise PlanError(
                 f"Plan.from_json: the leaves hash to {plan.fingerprint}, the plan states {stated}. The "
@@ -166,4 +173,4 @@ def plan_units(groups: Groups, keep: Any) -> Plan:
         for axes in groups.units_of
     )
     counts = tuple((g.name, int(keep[g.slice].sum()), g.units) for g in groups.groups)
-    return Plan(groups.leaves, kept, counts, groups.released, groups.states)
+    return Plan(groups.leaves, kept, counts, groups.released, groups.states, groups.analysis.cuts)

@@ -15,7 +15,17 @@ from jax.core import Tracer
 from jax.extend.core import primitives as p
 
 from compaware_jax.errors import UnknownPrimitiveError
-from compaware_jax.factors import Choice, Factor, Factors, Ledger, Solution, Tracked, combine
+from compaware_jax.factors import (
+    USUAL,
+    Choice,
+    Factor,
+    Factors,
+    JointCuts,
+    Ledger,
+    Solution,
+    Tracked,
+    combine,
+)
 from compaware_jax.rules import REGIONS, RULES, Kept
 from compaware_jax.rules.families import fixed_elsewhere
 from compaware_jax.trace import Block, Equation, Program, flatten
@@ -31,7 +41,7 @@ class Analysis:
       solution: classes of atoms; joint factors are rectangles under it.
       unknown: where primitives without a rule were met.
       choices: choices of how to cut that were met.
-      taken: those that were taken.
+      cuts: how joint factors were cut, the choices taken included.
     """
 
     program: Program
@@ -39,7 +49,7 @@ class Analysis:
     solution: Solution
     unknown: tuple[str, ...]
     choices: frozenset[Choice] = frozenset()
-    taken: frozenset[Choice] = frozenset()
+    cuts: JointCuts = USUAL
     _labels: dict[int, tuple[np.ndarray | None, ...]] = field(default_factory=dict)
 
     @cached_property
@@ -106,6 +116,8 @@ def analyse(
     released: Sequence[int] = (),
     states: Sequence[tuple[int, int]] = (),
     strict: bool = False,
+    cuts: JointCuts = USUAL,
+    settled: bool = False,
 ) -> Analysis:
     """Find what leaves together in a traced function.
 
@@ -114,27 +126,28 @@ def analyse(
       released: positions of outputs whose axes may be cut; all others are fixed.
       states: (output position, leaf position) pairs: the output is the leaf's next value, cut as it is.
       strict: raise at a primitive without a rule instead of fixing what reaches it.
+      cuts: how joint factors are cut.
+      settled: leave it at that; otherwise its choices are tried, and those that free more units taken.
 
     Raises:
       UnknownPrimitiveError: in strict mode, at a primitive without a rule.
     """
-    best = _analyse(program, released, states, strict, frozenset())
-    # Where an operation leaves a choice of how to cut, the one that frees more units is taken.
-    for choice in sorted(best.choices):
-        trial = _analyse(program, released, states, strict, best.taken | {choice})
+    best = _analyse(Ledger(cuts=cuts), program, released, states, strict)
+    for choice in () if settled else sorted(best.choices):
+        other = replace(best.cuts, choices=best.cuts.choices | {choice})
+        trial = _analyse(Ledger(cuts=other), program, released, states, strict)
         if trial.units > best.units:
             best = replace(trial, choices=best.choices)
     return best
 
 
 def _analyse(
+    ledger: Ledger,
     program: Program,
     released: Sequence[int],
     states: Sequence[tuple[int, int]],
     strict: bool,
-    choices: frozenset[Choice],
 ) -> Analysis:
-    ledger = Ledger(choices=choices)
     avals = program.avals
     inputs = [_leaf(ledger, avals[v].shape) for v in program.leaf_values]
     for name, value in zip(program.arguments, program.argument_values, strict=True):
@@ -153,13 +166,18 @@ def _analyse(
 
 
 def analyse_seeded(
-    program: Program, inputs: Sequence[Tracked], atoms: int, *, nested: bool = False
+    program: Program,
+    inputs: Sequence[Tracked],
+    atoms: int,
+    *,
+    nested: bool = False,
+    cuts: JointCuts = USUAL,
 ) -> Analysis:
     """Analyse a program whose inputs already carry atoms (integers below `atoms`); nothing is fixed.
 
     With `nested`, the derivative rules of calls inside it are not looked at (a rule may call itself).
     """
-    propagation = _Propagation(Ledger(), program.constants, strict=False, nested=nested)
+    propagation = _Propagation(Ledger(cuts=cuts), program.constants, strict=False, nested=nested)
     propagation.ledger.fresh(atoms)
     propagation.block(program.block, inputs)
     return propagation.close(program)
@@ -247,7 +265,7 @@ class _Propagation:
             outputs = self.block(eqn.bodies[0], inputs)
             return (
                 outputs
-                if self.nested or keeps_derivatives_zero(eqn, inputs, self.derivatives)
+                if self.nested or keeps_derivatives_zero(eqn, inputs, self.derivatives, self.ledger.cuts)
                 else [_doubtful(x) for x in outputs]
             )
         if not any(x.factors for x in inputs):
@@ -274,11 +292,13 @@ class _Propagation:
             solution=_solve(self.ledger, joint),
             unknown=tuple(self.unknown),
             choices=frozenset(self.ledger.met),
-            taken=self.ledger.choices,
+            cuts=self.ledger.cuts,
         )
 
 
-def keeps_derivatives_zero(eqn: Equation, inputs: Sequence[Tracked], memo: dict[Any, bool]) -> bool:
+def keeps_derivatives_zero(
+    eqn: Equation, inputs: Sequence[Tracked], memo: dict[Any, bool], cuts: JointCuts
+) -> bool:
     """Whether dead positions of a custom call have zero tangents, by its own derivative rule.
 
     A zero flag promises a zero value and a zero derivative: a later sum over the cut axis relies on both.
@@ -300,17 +320,17 @@ def keeps_derivatives_zero(eqn: Equation, inputs: Sequence[Tracked], memo: dict[
     # The equation itself is part of the key, so that its id is not given to another one.
     key = (id(eqn.source), eqn.source, pattern)
     if key not in memo:
-        memo[key] = _derivative_is_zero(eqn, local, len(names))
+        memo[key] = _derivative_is_zero(eqn, local, len(names), cuts)
     return memo[key]
 
 
-def _derivative_is_zero(eqn: Equation, inputs: Sequence[Tracked], atoms: int) -> bool:
+def _derivative_is_zero(eqn: Equation, inputs: Sequence[Tracked], atoms: int, cuts: JointCuts) -> bool:
     closed = derivative_of(eqn)
     if closed is None:
         return False
     tangents = [Tracked(x.shape, x.factors) for x in inputs]
     program = flatten(closed, leaves=())
-    analysis = analyse_seeded(program, [*inputs, *tangents], atoms, nested=True)
+    analysis = analyse_seeded(program, [*inputs, *tangents], atoms, nested=True, cuts=cuts)
     return all(f.zero for value in program.block.outputs for f in analysis.factors.get(value, ()))
 
 

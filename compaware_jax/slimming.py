@@ -238,7 +238,7 @@ class _Derivative:
             raise _InseparableError
         classes = outer.solution.count
         inputs = [_by_class(outer, v) for v in eqn.inputs] * 2
-        analysis = analyse_seeded(flatten(closed, leaves=()), inputs, classes)
+        analysis = analyse_seeded(flatten(closed, leaves=()), inputs, classes, cuts=outer.cuts)
         labels = analysis.solution.labels[:classes]
         survivors = alive | ~outer.free
         alive_here = np.ones(analysis.solution.count, bool)

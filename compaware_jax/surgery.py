@@ -252,7 +252,9 @@ def _analysed(
     """The analysis of a function at these input shapes, and which of its classes the plan keeps."""
     program = trace(apply, full, *args, **kwargs)
     chosen = program.positions((*released, *plan.released))
-    analysis = analyse(program, released=chosen, states=program.states(plan.states))
+    analysis = analyse(
+        program, released=chosen, states=program.states(plan.states), cuts=plan.cuts, settled=True
+    )
     return analysis, _alive(analysis, plan)
 
 

@@ -11,6 +11,7 @@ from jax.extend.core import Primitive
 
 import compaware_jax as ca
 from compaware_jax.errors import TraceError, UnknownPrimitiveError
+from compaware_jax.law import law_errors, random_keep
 from compaware_jax.models import autoencoder
 from tests.models import MODELS
 
@@ -142,3 +143,33 @@ def test_many_axes_that_stay_whole_are_counted_by_reason(monkeypatch):
     assert "first of them" in text
     assert " spatial axis of the kernel " in text
     assert {f.kind for f in groups.fixed} >= {"spatial axis of the kernel", "output of the function"}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("fused", [True, False])
+def test_heads_leave_whole_or_within_on_request(fused):
+    """Four heads of six channels, on one axis of the projections."""
+    rng = np.random.default_rng(0)
+    shapes = {"in": (5, 8), "out": (24, 2)}
+    shapes |= {"qkv": (8, 72)} if fused else {"q": (8, 24), "k": (8, 24), "v": (8, 24)}
+    variables = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+
+    def apply(v, x):
+        x = x @ v["in"]
+        parts = jnp.split(x @ v["qkv"], 3, -1) if fused else [x @ v[name] for name in ("q", "k", "v")]
+        q, k, w = (part.reshape(*part.shape[:2], 4, 6).swapaxes(1, 2) for part in parts)
+        mixed = jax.nn.softmax(q @ k.swapaxes(-1, -2)) @ w
+        return mixed.swapaxes(1, 2).reshape(*x.shape[:2], 24) @ v["out"]
+
+    x = rng.normal(size=(2, 3, 5))
+    whole = ca.find_groups(apply, variables, x)
+    within = ca.find_groups(apply, variables, x, within_heads=True)
+    assert [group.units for group in whole.groups] == [8, 4]
+    assert [group.units for group in within.groups] == [8, 6, 6]  # query-key channels, value channels
+    keep = random_keep(within, rng)
+    assert max(law_errors(apply, variables, x, keep=keep, groups=within)) <= 1e-10
+    plan = ca.Plan.from_json(ca.plan_units(within, keep).to_json())  # It knows how it cuts.
+    longer = rng.normal(size=(3, 7, 5))
+    small = ca.slim(apply, plan)(ca.shrink(variables, plan), longer)
+    masked = ca.apply_mask(within, jnp.asarray(keep, float), variables)
+    np.testing.assert_allclose(small, apply(masked, longer), rtol=1e-10)

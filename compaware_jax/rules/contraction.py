@@ -34,8 +34,12 @@ def _couple_dot(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
     for operand, x in enumerate(inputs):
         for factor in x.factors:
             present = [roles[operand][a][0] for a in factor.axes]
-            # A joint factor that straddles roles stays on the axes that both operands share.
-            role = next(r for r in ("batch", "contract", "free") if r in present)
+            # A joint factor that straddles roles stays on the axes that both operands share: on whole
+            # heads, or else on the channels of them all.
+            order = (
+                ("contract", "free", "batch") if ledger.cuts.within_heads else ("batch", "contract", "free")
+            )
+            role = next(r for r in order if r in present)
             axes = [a for a, r in zip(factor.axes, present, strict=True) if r == role]
             factor = ledger.collapse(factor, axes)
             moved = factor.moved({a: roles[operand][a][1] for a in factor.axes})
