@@ -8,12 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compaware_jax as ca
-from compaware_jax import importance
 from compaware_jax.cost import COSTS, parameter_cost
 from compaware_jax.errors import BudgetError
 from compaware_jax.models import autoencoder
 from compaware_jax.select import keep_units, round_counts, uniform_counts
-from tests.models import MODELS
 
 
 @pytest.fixture(scope="module")
@@ -91,76 +89,3 @@ def test_diverged_coefficients_are_refused(dense_groups):
     cost = parameter_cost(dense_groups)
     with pytest.raises(BudgetError, match="search diverged"):
         round_counts(cost, np.full(5, np.nan), cost.total)
-
-
-@pytest.fixture
-def scored():
-    apply, variables, args = MODELS["convolutional"]()
-    variables = jax.tree.map(lambda x: x.astype(np.float32), variables)
-    return apply, variables, args, ca.find_groups(apply, variables, *args)
-
-
-def unit_slices(groups, variables, unit):
-    for leaf, axes in zip(jax.tree.leaves(variables), groups.units_of, strict=True):
-        for axis, units in enumerate(axes):
-            yield leaf.take(np.flatnonzero(units == unit), axis=axis)
-
-
-def test_magnitudes(scored):
-    _, variables, _, groups = scored
-    l1, l2 = importance.l1(groups, variables), importance.l2(groups, variables)
-    for unit in range(groups.units):
-        parts = list(unit_slices(groups, variables, unit))
-        assert float(l1[unit]) == pytest.approx(sum(np.abs(p).sum() for p in parts), rel=1e-5)
-        norm = np.sqrt(sum((p**2).sum() for p in parts))
-        assert float(l2[unit]) == pytest.approx(norm, rel=1e-5)
-
-
-def test_taylor_predicts_the_first_order_change(scored):
-    apply, variables, args, groups = scored
-
-    def loss(v):
-        return jnp.sum(apply(v, *args) ** 2)
-
-    gradients = jax.grad(loss)(jax.tree.map(jnp.asarray, variables))
-    scores = importance.taylor(groups, variables, gradients)
-
-    def along(unit, t):
-        gates = jnp.ones(groups.units).at[unit].add(-t)
-        return loss(ca.apply_mask(groups, gates, variables))
-
-    slopes = jax.vmap(lambda u: jax.grad(along, 1)(u, 0.0))(jnp.arange(groups.units))
-    np.testing.assert_allclose(scores, np.abs(slopes), rtol=1e-3, atol=1e-4)
-
-
-def test_sensitivities_against_removal_one_by_one(scored):
-    apply, variables, args, groups = scored
-
-    def metric(v):
-        return -jnp.sum(apply(v, *args) ** 2)
-
-    got = importance.ablation(groups, metric, variables, at_once=3)
-    for unit in range(groups.units):
-        gates = np.ones(groups.units)
-        gates[unit] = 0
-        expected = metric(variables) - metric(ca.apply_mask(groups, gates, variables))
-        assert float(got[unit]) == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
-    slopes = importance.gradient_sensitivity(groups, metric, variables)
-    assert slopes.shape == (groups.units,)
-    assert (np.asarray(slopes) >= 0).all()
-    scores = importance.l2(groups, variables)
-    falls = importance.group_ablation(groups, metric, variables, scores, share=0.5)
-    for number, group in enumerate(groups.groups):
-        gates = np.ones(groups.units)
-        worst = np.argsort(np.asarray(scores)[group.slice])[: group.units // 2]
-        gates[group.offset + worst] = 0
-        expected = metric(variables) - metric(ca.apply_mask(groups, gates, variables))
-        assert float(falls[number]) == pytest.approx(float(expected), rel=1e-4, abs=1e-5)
-
-
-def test_random_scores_follow_the_key(scored):
-    groups = scored[-1]
-    a = importance.random(groups, jax.random.key(0))
-    np.testing.assert_array_equal(a, importance.random(groups, jax.random.key(0)))
-    assert not np.array_equal(a, importance.random(groups, jax.random.key(1)))
-    assert a.shape == (groups.units,)

@@ -1,0 +1,54 @@
+"""Importance by what a unit passes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from compaware_jax.groups import Groups
+from compaware_jax.rules import RULES
+
+
+def activation(groups: Groups, variables: Any, *args: Any, **kwargs: Any) -> Float[Array, " units"]:
+    """Root mean square of what each unit feeds into contractions, shape (units,).
+
+    Which values those are is read off the traced program: every operand of a contraction that depends
+    on the data and has the unit on one of its axes. Values inside loops and branches are not looked at.
+
+    Args:
+      groups: what can leave.
+      variables: the weights.
+      *args: inputs, of the shapes for which the groups were found.
+      **kwargs: further inputs, by name.
+
+    References:
+      Luo et al., ThiNet, arXiv 1707.06342, for the idea of judging a filter by its output.
+    """
+    program = groups.analysis.program
+    values: dict[int, Any] = {v: jnp.asarray(c) for v, c in program.constants.items()}
+    inputs: Sequence[Any] = jax.tree.leaves((variables, args, kwargs))
+    values.update(zip(program.block.inputs, inputs, strict=True))
+    from_data = set(program.argument_values)
+    total, seen = jnp.zeros(groups.units + 1), np.zeros(groups.units + 1)
+    for eqn in program.block.equations:
+        rule = RULES.get(eqn.primitive)
+        if rule is not None and rule.work is not None:
+            for value in from_data.intersection(eqn.inputs):
+                for axis, labels in enumerate(groups.analysis.labels(value)):
+                    if labels is None:
+                        continue
+                    units = groups.unit_of_class[labels]
+                    x = jnp.asarray(values[value], float)
+                    means = jnp.mean(x**2, tuple(a for a in range(x.ndim) if a != axis))
+                    total = total.at[units].add(means)
+                    np.add.at(seen, units, 1)
+        if from_data.intersection(eqn.inputs):
+            from_data.update(eqn.outputs)
+        results = eqn.run(*[values[v] for v in eqn.inputs])
+        values.update(zip(eqn.outputs, results, strict=True))
+    return jnp.sqrt(total / np.maximum(seen, 1))[:-1]
