@@ -89,7 +89,7 @@ class SearchMethod(Protocol):
 def soft_gates(
     groups: Groups,
     counts: Float[Array, " groups"],
-    rank: Num[Array, " units"],
+    rank: Num[ArrayLike, " units"],
     edge: ArrayLike,
 ) -> Float[Array, " units"]:
     """Gates that are open for the best `counts[g]` units of a group, with a linear edge.

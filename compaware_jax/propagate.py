@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -302,7 +303,7 @@ def keeps_derivatives_zero(
     """Whether dead positions of a custom call have zero tangents, by its own derivative rule.
 
     A zero flag promises a zero value and a zero derivative: a later sum over the cut axis relies on both.
-    The same traced call under the same pattern of atoms is answered from `memo`.
+    The same call under the same pattern of atoms is answered from `memo`.
     """
     if eqn.primitive is not p.custom_jvp_call_p:
         return False
@@ -317,11 +318,21 @@ def keeps_derivatives_zero(
         for x in inputs
     ]
     pattern = tuple((x.uniform, *((f.axes, f.zero, f.ids.tobytes()) for f in x.factors)) for x in local)
-    # The equation itself is part of the key, so that its id is not given to another one.
-    key = (id(eqn.source), eqn.source, pattern)
+    key = (*_identity(eqn), pattern)
     if key not in memo:
         memo[key] = _derivative_is_zero(eqn, local, len(names), cuts)
     return memo[key]
+
+
+def _identity(eqn: Equation) -> tuple[Any, ...]:
+    """What a call shares with others of the same function and shapes."""
+    body = eqn.params["call_jaxpr"]
+    place = getattr(getattr(body.jaxpr, "debug_info", None), "func_src_info", None) or ""
+    if f" at {os.path.dirname(jax.__file__)}{os.sep}" in place:
+        # JAX defines its activations once, at the top of a module: the place says which rule it is.
+        return place, str(body)
+    # The equation itself is part of the key, so that its id is not given to another one.
+    return id(eqn.source), eqn.source
 
 
 def _derivative_is_zero(eqn: Equation, inputs: Sequence[Tracked], atoms: int, cuts: JointCuts) -> bool:

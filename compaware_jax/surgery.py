@@ -83,7 +83,7 @@ def cut_axes(array: Any, kept: Sequence[Sequence[int] | None]) -> Any:
         if index is not None:
             small = small.take(np.asarray(index, int), axis=axis)
     if isinstance(small, np.ndarray) and not isinstance(array, np.ndarray):
-        return jax.device_put(small, array.sharding) if array.committed else jnp.asarray(small)
+        return jax.device_put(small, array.sharding if array.committed else None)
     return small
 
 

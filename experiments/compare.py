@@ -23,9 +23,7 @@ import hashlib
 import json
 import os
 import pickle
-import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,10 +32,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from mnist_autoencoder import SCHEDULES
 from mnist_task import Data, Preset, Task, loss, psnr_of
-from scipy import stats
 
 import compaware_jax as ca
 from compaware_jax.coefficients import on_budget
@@ -45,9 +41,7 @@ from compaware_jax.cost import COSTS
 from compaware_jax.fit import adam_cosine, fit_step
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
-from compaware_jax.report import save_figures, trade_off_figure
 from compaware_jax.select import keep_units, round_counts, uniform_counts
-from compaware_jax.tables import markdown_table
 
 HERE = Path(__file__).parent
 CHUNK = 500
@@ -191,7 +185,9 @@ class Seed:
 
     def plan_of(self, counts: np.ndarray, weights: Any) -> ca.Plan:
         """The plan with these counts, best units by L2."""
-        return ca.plan_units(self.groups, keep_units(self.groups, np.asarray(l2(self.groups, weights)), counts))
+        return ca.plan_units(
+            self.groups, keep_units(self.groups, np.asarray(l2(self.groups, weights)), counts)
+        )
 
     def uniform(self, budget: float) -> np.ndarray:
         """The same share of every group but the latent."""

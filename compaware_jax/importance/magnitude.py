@@ -11,18 +11,11 @@ from jaxtyping import Array, Float
 
 from compaware_jax.groups import Groups
 from compaware_jax.importance.units import unit_sum
-from compaware_jax.trace import on_host
 
 
 def l1(groups: Groups, variables: Any) -> Float[Array, " units"]:
     """Sum of the absolute values of a unit's weights, shape (units,)."""
-    return unit_sum(groups, jax.tree.map(_absolute, variables))
-
-
-def _absolute(x: Any) -> Any:
-    # Sums of narrow floats lose what they add; float32 at least.
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return np.abs(np.asarray(x, wide)) if on_host(x) else jnp.abs(jnp.asarray(x, wide))
+    return unit_sum(groups, variables, abs)
 
 
 def l2(groups: Groups, variables: Any) -> Float[Array, " units"]:
@@ -32,11 +25,7 @@ def l2(groups: Groups, variables: Any) -> Float[Array, " units"]:
       Li et al., Pruning Filters for Efficient ConvNets, arXiv 1608.08710 (the L1 form), over whole
       coupled units as in Fang et al., DepGraph, arXiv 2301.12900.
     """
-    return jnp.sqrt(unit_sum(groups, jax.tree.map(_square, variables)))
-
-
-def _square(x: Any) -> Any:
-    return _absolute(x) ** 2
+    return jnp.sqrt(unit_sum(groups, variables, lambda x: x * x))
 
 
 def lamp(groups: Groups, variables: Any) -> Float[Array, " units"]:

@@ -64,9 +64,7 @@ def differentiate(model: Autoencoder, importance: tp.importance.Importance, imag
         ((model(images) - images) ** 2).mean().backward()
 
 
-def prune(
-    dense: Autoencoder, images: torch.Tensor, rival: str, ratio: float
-) -> tuple[int, list[list[int]]]:
+def prune(dense: Autoencoder, images: torch.Tensor, rival: str, ratio: float) -> tuple[int, list[list[int]]]:
     """Parameters left and channels kept per hidden layer at a channel ratio."""
     make, is_global = RIVALS[rival]
     model, importance = copy.deepcopy(dense), make()
