@@ -19,6 +19,7 @@ from compaware_jax.masks import apply_mask, mask
 from compaware_jax.optimizers import shrink_optimizer
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.rules import register_rule
+from compaware_jax.smallest import Smallest, smallest
 from compaware_jax.surgery import expand, shrink, slim, uncut
 from compaware_jax.sweep import sweep
 
@@ -31,6 +32,7 @@ __all__ = [
     "Groups",
     "Plan",
     "Result",
+    "Smallest",
     "apply_mask",
     "at_least",
     "at_most",
@@ -48,6 +50,7 @@ __all__ = [
     "shrink",
     "shrink_optimizer",
     "slim",
+    "smallest",
     "sweep",
     "uncut",
 ]

@@ -36,8 +36,8 @@ from mnist_autoencoder import SCHEDULES
 from mnist_task import Data, Preset, Task, loss, psnr_of
 
 import compaware_jax as ca
-from compaware_jax.coefficients import on_budget
-from compaware_jax.cost import COSTS
+from compaware_jax.coefficients import Problem, on_budget
+from compaware_jax.cost import COSTS, Cost
 from compaware_jax.fit import adam_cosine, fit_step
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
@@ -203,3 +203,250 @@ class Seed:
         counts = on_budget(cost, shares, budget)
         share = np.exp(np.asarray(counts)) / self.groups.sizes
         return round_counts(cost, share, ca.params(budget).limit(self.groups))
+
+    def ours(self, budget: float) -> dict[str, Any]:
+        """`compress` with its defaults."""
+        start = time.perf_counter()
+        result = ca.compress(
+            self.task.model.apply,
+            self.dense,
+            loss,
+            self.task.batches,
+            groups=self.groups,
+            budget=ca.params(budget),
+            fine_tune=self.steps,
+            key=self.task.search_key,
+            progress=False,
+        )
+        psnr = psnr_of(result.apply, result.variables, self.task.held_out)
+        return {"psnr": float(psnr), "plan": result.plan, "seconds": time.perf_counter() - start}
+
+    def rivals(self, weights: Any, budgets: Sequence[float]) -> dict[str, dict[float, np.ndarray]]:
+        """Per rival and budget the units that Torch-Pruning keeps."""
+        folder = self.cells.folder / f"torch-{self.seed}-{os.getpid()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        layers = [weights["params"][part][layer] for part, layer in LAYERS]
+        arrays = {f"w{i}": layer["kernel"] for i, layer in enumerate(layers)}
+        arrays |= {f"b{i}": layer["bias"] for i, layer in enumerate(layers)}
+        images = np.asarray(self.task.batches(jnp.asarray(0))["image"]).reshape(self.config.batch, -1)
+        np.savez(folder / "dense.npz", latent=2, images=images, **arrays)
+        command = [str(self.config.torch_python), str(HERE / "peers/torch_prune.py")]
+        command += [str(folder / "dense.npz"), str(folder / "kept.json"), "--budgets", *map(str, budgets)]
+        subprocess.run(command, check=True, capture_output=True)
+        found = json.loads((folder / "kept.json").read_text())["kept"]
+        return {
+            rival: {float(budget): self._units(kept) for budget, kept in by_budget.items()}
+            for rival, by_budget in found.items()
+        }
+
+    def _units(self, kept: Sequence[Sequence[int]]) -> np.ndarray:
+        units = np.zeros(self.groups.units, bool)
+        for group, channels in zip(self.groups.groups, kept, strict=True):
+            units[group.offset + np.array(channels)] = True
+        return units
+
+    def step_times(self) -> dict[str, float]:
+        """Seconds per dense step and per step of the search, in turns."""
+        search = ca.GradientSearch()
+        problem = Problem(self.task.model.apply, loss, self.task.batches, self.groups, self.cost)
+        found = search.build(problem)
+        schedule = adam_cosine(1e-3, self.steps)
+        init, step = fit_step(self.task.model.apply, loss, self.task.batches, schedule)
+        runs = {
+            "dense": (step, init(self.dense)),
+            "search": (found.step, found.init(self.dense, 0.1, jax.random.key(0), 0)),
+        }
+        compiled = {
+            name: (jax.jit(lambda s, f=function: jax.lax.scan(f, s, jnp.arange(100))[0]), state)
+            for name, (function, state) in runs.items()
+        }
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(4):
+            for name, (run, state) in compiled.items():
+                start = time.perf_counter()
+                jax.block_until_ready(run(state))
+                if turn:
+                    times[name].append((time.perf_counter() - start) / 100)
+        return {name: float(np.median(values)) for name, values in times.items()} | {"steps": search.steps}
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Parameters."""
+        return COSTS["parameters"](self.groups)
+
+
+# The dense layers of the preset, in order; Torch-Pruning's model is built from them.
+LAYERS = (
+    ("encoder", "dense1"),
+    ("encoder", "dense2"),
+    ("encoder", "latent"),
+    ("decoder", "dense1"),
+    ("decoder", "dense2"),
+    ("decoder", "image"),
+)
+
+Key = tuple[Any, ...]
+
+
+class Comparison:
+    """All cells: what is computed, in which order, and what comes of it."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        source = Task(config.data, config.model, batch=config.batch, seed=0).data.source
+        self.folder = config.out / f"{config.model}-{source}"
+        self.cells = Cells(self.folder / "cells")
+        self.seeds = [Seed(config, self.cells, s) for s in range(config.seeds)]
+        self.number = 0
+
+    def get(self, key: Key) -> Any:
+        """A finished cell; waits for other workers."""
+        while not self.cells.path(key).exists():
+            if self.config.worker is None:
+                raise LookupError(f"no cell {key}")
+            time.sleep(5)
+        return self.cells.get(key, lambda: None)
+
+    def do(self, work: Mapping[Key, Callable[[], Any]]) -> dict[Key, Any]:
+        """Compute this worker's share of cells, then collect all of them."""
+        worker, workers = self.config.worker or (0, 1)
+        for key, compute in work.items():
+            self.number += 1
+            if self.number % workers == worker and not self.cells.path(key).exists():
+                start = time.perf_counter()
+                self.cells.get(key, compute)
+                print(f"{key}: {time.perf_counter() - start:.0f} s", flush=True)
+        return {key: self.get(key) for key in work}
+
+    def tuned(self, seed: Seed, plan: ca.Plan | None, start: Any) -> Callable[[], dict[float, float]]:
+        """A cell's work: the fine-tune of a plan."""
+        return lambda: seed.tuned(plan, start)
+
+    def run(self) -> dict[str, dict[float, list[float]]]:
+        """All cells. Returns PSNR per method, budget and seed, at the best learning rate."""
+        config, seeds, budgets = self.config, self.seeds, self.config.budgets
+        self.do({("dense", s.seed): partial(getattr, s, "dense") for s in seeds})
+        pairs = [(s, b) for b in budgets for s in seeds]
+        ours = self.do({("ours", b, s.seed): partial(s.ours, b) for s, b in pairs})
+        self.do({("dense more", s.seed): self.tuned(s, None, s.dense) for s in seeds})
+        self.do({("times",): seeds[0].step_times})
+        self.do(
+            {
+                ("uniform, from scratch", b, s.seed): self.tuned(s, s.plan_of(s.uniform(b), s.fresh), s.fresh)
+                for s, b in pairs
+            }
+        )
+        self.do(
+            {
+                ("our widths, from scratch", b, s.seed): self.tuned(
+                    s, s.plan_of(counts_of(ours["ours", b, s.seed]["plan"]), s.fresh), s.fresh
+                )
+                for s, b in pairs
+            }
+        )
+        if config.torch_python:
+            self.rivals()
+        self.random_widths()
+        return self.collected(ours)
+
+    def collected(self, ours: Mapping[Key, Any]) -> dict[str, dict[float, list[float]]]:
+        """PSNR per method and budget, a list over seeds, at the best learning rate of the mean."""
+        result: dict[str, dict[float, list[float]]] = {"ours": {}}
+        for b in self.config.budgets:
+            result["ours"][b] = [ours["ours", b, s.seed]["psnr"] for s in self.seeds]
+        for name in self.methods():
+            for b in self.config.budgets:
+                keys = [(name, b, s.seed) for s in self.seeds]
+                if all(self.cells.path(key).exists() for key in keys):
+                    by_seed = [self.get(key) for key in keys]
+                    rate = max(by_seed[0], key=lambda r, found=by_seed: np.mean([f[r] for f in found]))
+                    result.setdefault(name, {})[b] = [found[rate] for found in by_seed]
+        return result
+
+    def methods(self) -> list[str]:
+        """Names of everybody but ours."""
+        scratch = ["our widths, from scratch", "uniform, from scratch", "best of random widths, from scratch"]
+        if not self.config.torch_python:
+            return scratch
+        kept = self.get(("kept", self.seeds[0].seed))
+        return [*kept, *scratch]
+
+    def rivals(self) -> None:
+        """Torch-Pruning on the same dense weights; the best of them also after more dense steps."""
+        kept = self.do(
+            {("kept", s.seed): partial(s.rivals, s.dense, self.config.budgets) for s in self.seeds}
+        )
+        work = {}
+        for b in self.config.budgets:
+            for s in self.seeds:
+                for rival, by_budget in kept["kept", s.seed].items():
+                    if b in by_budget:
+                        plan = ca.plan_units(s.groups, by_budget[b])
+                        work[rival, b, s.seed] = self.tuned(s, plan, s.dense)
+        self.do(work)
+
+    def random_widths(self) -> None:
+        """Random allocations from scratch: all on the first seed, the best of them on the others."""
+        first, work = self.seeds[0], {}
+        for b in self.config.budgets:
+            for n in range(self.config.random_widths):
+                plan = first.plan_of(first.random(b, n), first.fresh)
+                work["random", b, n] = self.tuned(first, plan, first.fresh)
+        tried = self.do(work)
+        work = {}
+        for b in self.config.budgets:
+            best = max(
+                range(self.config.random_widths), key=lambda n, b=b: max(tried["random", b, n].values())
+            )
+            for s in self.seeds:
+                plan = s.plan_of(s.random(b, best), s.fresh)
+                work["best of random widths, from scratch", b, s.seed] = self.tuned(s, plan, s.fresh)
+        self.do(work)
+
+
+def counts_of(plan: ca.Plan) -> np.ndarray:
+    """Kept units per group."""
+    return np.array([kept for _, kept, _ in plan.counts])
+
+
+def cell(values: Sequence[float]) -> str:
+    """Mean and 95 % interval (Student's t over seeds)."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.2f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{mean:.2f} ± {half:.2f}"
+
+
+def main(config: Config) -> None:
+    """Run the comparison; without a worker's number, print and write the table."""
+    comparison = Comparison(config)
+    found = comparison.run()
+    if config.worker is not None:
+        return
+    budgets = config.budgets
+    header = ["PSNR (dB)", *(f"{100 * b:g} %" for b in budgets)]
+    rows = [[name, *(cell(at[b]) if b in at else "–" for b in budgets)] for name, at in found.items()]
+    dense = [comparison.get(("dense more", s.seed)) for s in comparison.seeds]
+    rate = max(dense[0], key=lambda r: np.mean([d[r] for d in dense]))
+    times = comparison.get(("times",))
+    text = "\n\n".join(
+        [
+            markdown_table(header, rows),
+            f"The dense model, trained on for as many steps: {cell([d[rate] for d in dense])} dB.",
+            f"Our search: {times['steps']} steps, the time of "
+            f"{times['steps'] * times['search'] / times['dense']:.0f} dense steps.",
+        ]
+    )
+    (comparison.folder / "table.md").write_text(text + "\n")
+    record = {name: {str(b): values for b, values in at.items()} for name, at in found.items()}
+    (comparison.folder / "compare.json").write_text(json.dumps(record, indent=1))
+    points = {
+        name: [(100 * b, float(np.mean(values))) for b, values in at.items()] for name, at in found.items()
+    }
+    save_figures(comparison.folder, {"compare": trade_off_figure(points, metric="PSNR (dB), held-out")})
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

@@ -1,4 +1,4 @@
-"""Which channels Torch-Pruning keeps of a dense autoencoder at given parameter budgets; called by `compare.py`.
+"""Which channels Torch-Pruning keeps of a dense autoencoder at given budgets; called by `compare.py`.
 
     python experiments/peers/torch_prune.py dense.npz kept.json --budgets 0.1 0.05
 

@@ -1,0 +1,121 @@
+"""The other question: not the best model at a budget, but the smallest one that keeps every criterion."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compaware_jax.compress import Result, compress
+from compaware_jax.cost import COSTS, Budget
+from compaware_jax.criteria import Apply, Criterion
+from compaware_jax.errors import BudgetError, CriterionError
+from compaware_jax.fit import Batches, Loss
+from compaware_jax.groups import Groups
+
+
+@dataclass(frozen=True)
+class Smallest:
+    """What `smallest` found.
+
+    Attributes:
+      result: the smallest model that keeps every criterion; None if no tried budget below one does.
+      tried: (budget, whether every criterion was kept), in the order tried.
+    """
+
+    result: Result | None
+    tried: tuple[tuple[float, bool], ...]
+
+
+def smallest(
+    apply: Apply,
+    variables: Any,
+    loss: Loss,
+    batches: Batches,
+    *,
+    groups: Groups,
+    criteria: Sequence[Criterion],
+    held_out: Any,
+    cost: str = "parameters",
+    start: float = 0.1,
+    tolerance: float = 0.1,
+    directory: str | os.PathLike[str] | None = None,
+    **settings: Any,
+) -> Smallest:
+    """Find the smallest model that keeps every criterion.
+
+    Budgets are halved or doubled from `start` until one keeps the criteria and the next smaller one does
+    not, then bisected on a logarithmic scale. Every attempt is a whole `compress`, so what is returned
+    has been trained, cut, fine-tuned and measured.
+
+    Args:
+      apply: pure function ``apply(variables, *args)``.
+      variables: its trained variables.
+      loss: as for `compress`.
+      batches: as for `compress`.
+      groups: what can leave.
+      criteria: what the model must keep; at least one.
+      held_out: the batch on which they are measured.
+      cost: what "small" means: "parameters", "bytes" or "flops".
+      start: first budget, in (0, 1).
+      tolerance: stop when the smallest budget that works is within this share of one that does not.
+      directory: where to keep checkpoints, one folder per budget; None for none.
+      **settings: passed on to `compress`, e.g. ``search=``, ``fine_tune=``, ``key=``.
+
+    Returns:
+      The `Smallest`.
+
+    Raises:
+      CriterionError: there are no criteria, or the dense model already fails one.
+      BudgetError: `start` or `tolerance` is out of range, or `cost` is unknown.
+    """
+    if not criteria:
+        raise CriterionError(
+            "smallest: there are no criteria, so the smallest model is none. Pass at least one, e.g. "
+            "at_least('psnr', psnr, 20.0); for the best model at a given size, call compress."
+        )
+    if cost not in COSTS or not 0 < start < 1 or not 0 < tolerance < 1:
+        raise BudgetError(
+            f"smallest: cost={cost!r}, start={start}, tolerance={tolerance}; expected one of "
+            f"{sorted(COSTS)}, and two numbers in (0, 1)."
+        )
+    whole = COSTS[cost](groups)
+    floor = whole.floor / whole.total
+    found: dict[float, Result] = {}
+
+    def works(budget: float) -> bool:
+        folder = None if directory is None else Path(directory) / f"{budget:.5f}"
+        found[budget] = compress(
+            apply,
+            variables,
+            loss,
+            batches,
+            groups=groups,
+            budget=Budget(cost, budget),
+            criteria=criteria,
+            held_out=held_out,
+            directory=folder,
+            **settings,
+        )
+        return found[budget].kept
+
+    # The dense model keeps the criteria (compress checks it); below the floor there is no model.
+    low, high = floor, 1.0
+    budget = max(start, floor * (1 + tolerance))
+    while high / low > 1 + tolerance and budget < 1:
+        if works(budget):
+            high = budget
+        else:
+            low = budget
+        doubled, halved = 2 * low, high / 2
+        if high == 1.0 and doubled < 1.0 and low > floor:
+            budget = doubled
+        elif low == floor and halved > floor:
+            budget = halved
+        else:
+            budget = (low * high) ** 0.5
+    tried = tuple((b, result.kept) for b, result in found.items())
+    kept = [b for b, result in found.items() if result.kept]
+    return Smallest(found[min(kept)] if kept else None, tried)

@@ -1,0 +1,62 @@
+"""The smallest model that keeps its criteria, on a small problem."""
+
+import jax
+import pytest
+
+import compaware_jax as ca
+from compaware_jax.errors import BudgetError, CriterionError
+from tests import tasks
+
+SETTINGS = {
+    "held_out": tasks.held_out(),
+    "search": ca.GradientSearch(steps=50),
+    "fine_tune": 100,
+    "learning_rate": 1e-2,
+    "progress": False,
+}
+
+
+@pytest.fixture(scope="module")
+def problem():
+    variables = tasks.dense()
+    return tasks.apply, variables, tasks.loss, tasks.batches, tasks.groups(variables)
+
+
+def smallest(problem, **changes):
+    *job, groups = problem
+    bound = ca.at_most("error", tasks.error, 0.25)
+    return ca.smallest(*job, **({"groups": groups, "criteria": [bound], **SETTINGS} | changes))
+
+
+def test_smallest_that_keeps_and_next_that_does_not(problem):
+    found = smallest(problem, start=0.5, tolerance=0.3)
+    assert found.result is not None
+    assert found.result.kept
+    worked = [budget for budget, kept in found.tried if kept]
+    failed = [budget for budget, kept in found.tried if not kept]
+    assert min(worked) / max(b for b in failed if b < min(worked)) <= 1.3
+    before, after = found.result.costs["parameters"]
+    assert after <= min(worked) * before
+    assert after == sum(x.size for x in jax.tree.leaves(found.result.variables))
+
+
+def test_nothing_smaller_keeps_a_bound_at_the_dense_error(problem):
+    apply, variables, *_ = problem
+    error = float(tasks.error(apply, variables, tasks.held_out()))
+    strict = ca.at_most("error", tasks.error, error * 1.0001)
+    found = smallest(problem, criteria=[strict], start=0.6, tolerance=0.5, fine_tune=1)
+    assert found.result is None
+    assert [kept for _, kept in found.tried] == [False] * len(found.tried)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"criteria": []}, CriterionError, "there are no criteria"),
+        ({"start": 1.5}, BudgetError, "start=1.5"),
+        ({"cost": "seconds"}, BudgetError, "cost='seconds'"),
+    ],
+)
+def test_bad_input(problem, changes, error, message):
+    with pytest.raises(error, match=message):
+        smallest(problem, **changes)
