@@ -23,7 +23,9 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable, Sequence
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,8 +34,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from mnist_autoencoder import SCHEDULES
 from mnist_task import Data, Preset, Task, loss, psnr_of
+from scipy import stats
 
 import compaware_jax as ca
 from compaware_jax.coefficients import Problem, on_budget
@@ -41,7 +45,9 @@ from compaware_jax.cost import COSTS, Cost
 from compaware_jax.fit import adam_cosine, fit_step
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
+from compaware_jax.report import save_figures, trade_off_figure
 from compaware_jax.select import keep_units, round_counts, uniform_counts
+from compaware_jax.tables import markdown_table
 
 HERE = Path(__file__).parent
 CHUNK = 500
