@@ -192,7 +192,7 @@ def test_symbolic_batch_is_refused_and_its_remedy_works():
     plan = ca.plan_units(ca.find_groups(apply, variables, jnp.ones((1, 2, 3))), np.arange(8) < 5)
     small, small_apply = ca.shrink(variables, plan), ca.slim(apply, plan)
     (batch,) = jax.export.symbolic_shape("batch")
-    x = jax.ShapeDtypeStruct((batch, 2, 3), float)
+    x = jax.ShapeDtypeStruct((batch, 2, 3), jnp.float32)
     with pytest.raises(TraceError, match=r"symbolic shape.*vmap"):
         jax.export.export(jax.jit(lambda x: small_apply(small, x)))(x)
     exported = jax.export.export(jax.jit(jax.vmap(lambda x: small_apply(small, x[None])[0])))(x)
