@@ -12,10 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import compaware_jax as ca
+from compaware_jax.coefficients import Problem, SearchMethod
+from compaware_jax.cost import parameter_cost
 from compaware_jax.criteria import measure
 from compaware_jax.data import ImageSet, mnist, resident, whole
+from compaware_jax.importance import l2
+from compaware_jax.loop import run_steps
 from compaware_jax.metrics import knn_accuracy, psnr, ssim
 from compaware_jax.models import Autoencoder, autoencoder
+from compaware_jax.select import keep_units, round_counts
 
 Data = Literal["auto", "tfds", "embedded"]
 Preset = Literal["dense", "conv"]
@@ -99,6 +104,28 @@ class Task:
             directory=directory,
             job={"name": name, **self.settings},
         )[0]
+
+    def search(
+        self, method: SearchMethod, dense: Any, groups: ca.Groups, budget: float, key: jax.Array
+    ) -> tuple[ca.Plan, Any, float]:
+        """The search of `compress` alone: the plan, the adapted weights, and its seconds, compiled or not."""
+        cost = parameter_cost(groups)
+        problem = Problem(self.model.apply, loss, self.batches, groups, cost)
+        found = method.build(problem)
+        start = time.perf_counter()
+        state, _ = run_steps(
+            found.step,
+            found.init(dense, budget, key, 0),
+            found.steps,
+            label="search",
+            chunk=min(50, found.steps),
+            progress=False,
+        )
+        weights = jax.block_until_ready(found.variables(state))
+        seconds = time.perf_counter() - start
+        counts = round_counts(cost, np.asarray(found.coefficients(state)), ca.params(budget).limit(groups))
+        keep = keep_units(groups, np.asarray(l2(groups, weights)), counts)
+        return ca.plan_units(groups, keep), weights, seconds
 
     def groups(self, variables: Any) -> ca.Groups:
         """The coupled channels; the latent is an output that may shrink."""
