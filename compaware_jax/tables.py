@@ -36,7 +36,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 def is_number(cell: object) -> bool:
     """Whether a cell reads as a figure, with or without its unit."""
-    figure, *unit = str(cell).replace(",", "").strip("%×–~ ").split(" ") or [""]
+    figure, *unit = str(cell).split(" ± ")[0].replace(",", "").strip("%×–~ ").split(" ") or [""]
     if len(unit) > 1 or len("".join(unit)) > 5:
         return False
     try:
