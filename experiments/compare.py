@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ class Config:
       budgets: shares of the parameters that may stay.
       seeds: of the dense model, the data order and the search.
       rates: learning rates of which rivals and fresh models get the best.
+      dense_steps: of the dense training; default that of the main experiment.
+      search: settings of ours.
       fine_tune: steps after pruning, for everyone; default that of the main experiment.
       extra: more dense steps for the best rival of each budget.
       random_widths: allocations tried from scratch, on the first seed.
@@ -77,6 +80,8 @@ class Config:
     budgets: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1, 0.05, 0.03)
     seeds: int = 5
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    dense_steps: int | None = None
+    search: ca.GradientSearch = field(default_factory=ca.GradientSearch)
     fine_tune: int | None = None
     extra: int = 4_000
     random_widths: int = 20
@@ -141,7 +146,8 @@ class Seed:
     @cached_property
     def dense(self) -> Any:
         """The dense weights that everyone starts from."""
-        train = partial(self.task.dense, self.schedule.dense_steps, self.schedule.dense_learning_rate, None)
+        steps = self.config.dense_steps or self.schedule.dense_steps
+        train = partial(self.task.dense, steps, self.schedule.dense_learning_rate, None)
         return self.cells.get(["dense", self.seed], lambda: jax.device_get(train()))
 
     @cached_property
@@ -168,7 +174,7 @@ class Seed:
         """Held-out PSNR by learning rate after the fine-tune: rates are lanes of a vmap."""
         apply = self.task.model.apply if plan is None else ca.slim(self.task.model.apply, plan)
         start = start if plan is None else ca.shrink(start, plan)
-        rates = jnp.array(self.config.rates)
+        rates, chunk = jnp.array(self.config.rates), math.gcd(self.steps, CHUNK)
 
         def rule(rate: jax.Array) -> Any:
             return fit_step(apply, loss, self.task.batches, adam_cosine(rate, self.steps))  # type: ignore[arg-type]
@@ -178,10 +184,10 @@ class Seed:
             def step(states: Any, index: jax.Array) -> Any:
                 return jax.vmap(lambda rate, state: rule(rate)[1](state, index)[0])(rates, states), None
 
-            return jax.lax.scan(step, states, first + jnp.arange(CHUNK))[0]
+            return jax.lax.scan(step, states, first + jnp.arange(chunk))[0]
 
         states = jax.vmap(lambda rate: rule(rate)[0](start))(rates)
-        for first in range(0, self.steps, CHUNK):
+        for first in range(0, self.steps, chunk):
             states = run(states, jnp.asarray(first))
         measure = jax.jit(lambda v: psnr_of(apply, v, self.task.held_out))
         return {
@@ -220,6 +226,7 @@ class Seed:
             self.task.batches,
             groups=self.groups,
             budget=ca.params(budget),
+            search=self.config.search,
             fine_tune=self.steps,
             key=self.task.search_key,
             progress=False,
@@ -253,7 +260,7 @@ class Seed:
 
     def step_times(self) -> dict[str, float]:
         """Seconds per dense step and per step of the search, in turns."""
-        search = ca.GradientSearch()
+        search = self.config.search
         problem = Problem(self.task.model.apply, loss, self.task.batches, self.groups, self.cost)
         found = search.build(problem)
         schedule = adam_cosine(1e-3, self.steps)

@@ -71,6 +71,21 @@ def test_sweep(tmp_path):
     assert (tmp_path / "sweep" / "trade_off.png").stat().st_size > 10_000
 
 
+def test_comparison(tmp_path):
+    """Without a peer's environment: ours, fresh models, and the table; a second run reads its cells."""
+    arguments = (
+        "--data", "embedded", "--seeds", "1", "--budgets", "0.1", "--random-widths", "1", "--rates", "2e-3",
+        "--dense-steps", "40", "--search.steps", "40", "--fine-tune", "40", "--out", str(tmp_path),
+    )  # fmt: skip
+    first = run("compare.py", *arguments)
+    folder = tmp_path / "dense-embedded"
+    found = json.loads((folder / "compare.json").read_text())
+    assert {len(values) for at in found.values() for values in at.values()} == {1}
+    table = (folder / "table.md").read_text()
+    assert table.strip() in first
+    assert run("compare.py", *arguments).strip() == table.strip()
+
+
 def test_unknown_data_source_is_refused(tmp_path):
     with pytest.raises(AssertionError, match="invalid choice"):
         run("mnist_autoencoder.py", "--data", "cifar", "--out", str(tmp_path))
