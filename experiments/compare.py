@@ -456,10 +456,10 @@ def cell(values: Sequence[float]) -> str:
     return f"{mean:.2f} ± {half:.2f}"
 
 
-def above(found: Mapping[str, Mapping[float, Sequence[float]]], budget: float) -> np.ndarray:
+def above(found: Mapping[str, Mapping[float, Sequence[float]]], budget: float) -> list[float]:
     """Per seed how far ours is above the method that is best of all others on the mean."""
     others = [np.array(at[budget]) for name, at in found.items() if name != "ours" and budget in at]
-    return np.array(found["ours"][budget]) - max(others, key=np.mean)
+    return (np.array(found["ours"][budget]) - max(others, key=np.mean)).tolist()
 
 
 def main(config: Config) -> None:
