@@ -141,6 +141,11 @@ class Groups:
         return np.array([group.units for group in self.groups], int)
 
     @property
+    def offsets(self) -> np.ndarray:
+        """Number of each group's first unit, shape (groups,)."""
+        return np.array([group.offset for group in self.groups], int)
+
+    @property
     def group_of_unit(self) -> np.ndarray:
         """Group number per unit, shape (units,)."""
         return np.repeat(np.arange(len(self.groups)), self.sizes)

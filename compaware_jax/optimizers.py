@@ -53,7 +53,7 @@ def shrink_optimizer(optimizer: Any, state: Any, params: Any, plan: Plan, **extr
       >>> small[0].v_row["a"].shape, small[0].v_col["a"].shape
       ((3,), (5,))
     """
-    positions = positions_in(params, plan)
+    positions = positions_in(params, plan, "shrink_optimizer")
     small_params = shrink(params, plan)
     initial = optimizer.init(small_params)
     full_shapes = jax.eval_shape(optimizer.init, params)

@@ -180,17 +180,22 @@ def _match(node: Any, plan: Plan, templates: _Templates, caller: str) -> list[in
     return fits[0]
 
 
-def positions_in(tree: Any, plan: Plan) -> list[int]:
+def positions_in(tree: Any, plan: Plan, caller: str) -> list[int]:
     """Positions in the plan of the leaves of full variables, or of one of their Flax collections.
+
+    Args:
+      tree: the variables or the collection.
+      plan: what is kept.
+      caller: the function that asks, for messages.
 
     Raises:
       PlanError: the tree is not one of these.
     """
-    positions = _match(tree, plan, _templates(plan, full=True), "positions_in")
+    positions = _match(tree, plan, _templates(plan, full=True), caller)
     if positions is None:
         raise PlanError(
-            f"the tree with leaves {[path for path, _ in named_leaves(tree)][:4]} is not the variables of "
-            f"the plan (fingerprint {plan.fingerprint}) nor a collection of them. Pass the full variables."
+            f"{caller}: the tree with leaves {[path for path, _ in named_leaves(tree)][:4]} is not the variables "
+            f"of the plan (fingerprint {plan.fingerprint}) nor a collection of them. Pass the full variables."
         )
     return positions
 

@@ -203,3 +203,11 @@ def test_activation_is_what_a_unit_passes_on():
     np.testing.assert_allclose(importance.activation(groups, variables, x), expected, rtol=1e-5)
     got = jax.jit(lambda v: importance.activation(groups, v, x))(variables)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_complex_weights_have_a_real_norm():
+    rng = np.random.default_rng(0)
+    variables = {"a": rng.normal(size=(3, 4)) + 1j * rng.normal(size=(3, 4)), "b": rng.normal(size=(4, 2))}
+    groups = ca.find_groups(lambda v, x: (x @ v["a"]).real @ v["b"], variables, np.ones((2, 3), complex))
+    expected = np.sqrt((np.abs(variables["a"]) ** 2).sum(0) + (variables["b"] ** 2).sum(1))
+    np.testing.assert_allclose(importance.l2(groups, variables), expected, rtol=1e-5)

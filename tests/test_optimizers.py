@@ -112,3 +112,10 @@ def test_a_state_of_another_optimizer_is_refused(cut):
     state = optax.sgd(1e-3).init(variables["params"])
     with pytest.raises(PlanError, match="not one that this optimizer makes"):
         ca.shrink_optimizer(optax.adam(1e-3), state, variables["params"], plan)
+
+
+def test_params_of_another_model_are_refused(cut):
+    _, plan = cut
+    params = {"in": jnp.ones((4, 9)), "bias": jnp.ones(9), "out": jnp.ones((9, 2))}
+    with pytest.raises(PlanError, match=r"^shrink_optimizer: "):
+        ca.shrink_optimizer(optax.adam(1e-3), optax.adam(1e-3).init(params), params, plan)

@@ -115,12 +115,11 @@ def observe(
     slope = gate_gradients(groups, variables, gradients)
     steps = evidence.steps + 1
     weight = (1 - smoothing) / (1 - smoothing**steps)
-    past = Evidence(*evidence)
     return Evidence(
         steps=steps,
-        norm=past.norm + weight * (norm - past.norm),
-        slope=past.slope + weight * (slope - past.slope),
-        square=past.square + weight * (slope**2 - past.square),
+        norm=evidence.norm + weight * (norm - evidence.norm),
+        slope=evidence.slope + weight * (slope - evidence.slope),
+        square=evidence.square + weight * (slope**2 - evidence.square),
     )
 
 
@@ -143,18 +142,18 @@ def fisher(evidence: Evidence) -> Float[Array, " units"]:
 
 
 def bayesian(evidence: Evidence, *, prior: float = 1e-8) -> Float[Array, " units"]:
-    """How surely a gate matters: its slope now, in standard deviations of its posterior, shape (units,).
+    """How surely a gate matters: its mean slope times its root mean square, over its spread, shape (units,).
 
-    A Laplace approximation around the open gate has the smoothed Fisher information plus the prior's as
-    its precision; where steps disagree about a gate, its posterior is wide and its score low.
+    All three are over the smoothed steps. Where steps disagree about a gate, its spread is wide and its
+    score low.
 
     Args:
       evidence: of some steps.
-      prior: precision of the prior.
+      prior: added to the mean square and to the spread's square, so that a gate without a slope scores zero.
 
     References:
-      Sundaram et al., arXiv 2601.19794 (Bayesian uncertainty with temporal smoothing); the posterior here
-      is that of gates.
+      After the idea of Sundaram et al., arXiv 2601.19794 (uncertainty with temporal smoothing); the formula
+      is ours.
     """
     spread = jnp.maximum(evidence.square - evidence.slope**2, 0.0)
     return jnp.abs(evidence.slope) * jnp.sqrt(evidence.square + prior) / jnp.sqrt(spread + prior)

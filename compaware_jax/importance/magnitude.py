@@ -25,7 +25,7 @@ def l2(groups: Groups, variables: Any) -> Float[Array, " units"]:
       Li et al., Pruning Filters for Efficient ConvNets, arXiv 1608.08710 (the L1 form), over whole
       coupled units as in Fang et al., DepGraph, arXiv 2301.12900.
     """
-    return jnp.sqrt(unit_sum(groups, variables, lambda x: x * x))
+    return jnp.sqrt(unit_sum(groups, variables, lambda x: (x * x.conj()).real))
 
 
 def lamp(groups: Groups, variables: Any) -> Float[Array, " units"]:
@@ -39,8 +39,7 @@ def lamp(groups: Groups, variables: Any) -> Float[Array, " units"]:
     squares = l2(groups, variables) ** 2
     order = jnp.lexsort((-squares, groups.group_of_unit))
     running = jnp.cumsum(squares[order])
-    starts = np.concatenate([[0], np.cumsum(groups.sizes)[:-1]]).astype(int)
-    before = jnp.concatenate([jnp.zeros(1), running])[starts]
+    before = jnp.concatenate([jnp.zeros(1), running])[groups.offsets]
     larger = running - before[groups.group_of_unit]
     return jnp.zeros(groups.units).at[order].set(squares[order] / jnp.where(larger == 0, 1.0, larger))
 

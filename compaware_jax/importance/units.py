@@ -74,8 +74,7 @@ def _host_sums(leaf: Any, wanted: Sequence[int], of: Callable[[Any], Any]) -> li
 
 def ranks(groups: Groups, scores: Num[ArrayLike, " units"]) -> Int[Array | np.ndarray, " units"]:
     """Rank of each unit in its group by falling score, from 0, shape (units,); ties by position."""
-    offsets = np.concatenate([[0], np.cumsum(groups.sizes)[:-1]]).astype(int)
-    within = np.arange(groups.units) - offsets[groups.group_of_unit]
+    within = np.arange(groups.units) - groups.offsets[groups.group_of_unit]
     if isinstance(scores, np.ndarray):
         result = np.empty(groups.units, int)
         result[np.lexsort((-scores, groups.group_of_unit))] = within
