@@ -195,7 +195,8 @@ def positions_in(tree: Any, plan: Plan, caller: str) -> list[int]:
     if positions is None:
         raise PlanError(
             f"{caller}: the tree with leaves {[path for path, _ in named_leaves(tree)][:4]} is not "
-            f"the variables of the plan (fingerprint {plan.fingerprint}) nor a collection of them. Pass the full variables."
+            f"the variables of the plan (fingerprint {plan.fingerprint}) nor a collection of them. Pass "
+            "the full variables."
         )
     return positions
 
