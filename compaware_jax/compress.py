@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from compaware_jax.boundary import trim
 from compaware_jax.coefficients import GradientSearch, Problem, Score, SearchMethod
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion, Verdict, measure
@@ -35,7 +36,8 @@ class Result:
       apply: the small function, with the signature of the dense one.
       variables: its variables.
       plan: what was kept.
-      groups: what could leave.
+      groups: what could leave; at the boundary, with what stays there settled.
+      scores: what ranked the units when they were cut, shape (units,).
       coefficients: kept share per group that the search ended with, shape (groups,).
       adapted: the weights that the search ended with, at full width, before surgery and fine-tune.
       uncut: what of the small function runs at full width; no cost counts it.
@@ -48,6 +50,7 @@ class Result:
     variables: Any
     plan: Plan
     groups: Groups
+    scores: np.ndarray
     coefficients: np.ndarray
     adapted: Any
     uncut: tuple[Uncut, ...]
@@ -83,7 +86,8 @@ def compress(
     """Make a model as small as a budget asks, keeping its criteria.
 
     Three phases: soft coefficients are optimised together with the weights; the counts are rounded to
-    the budget exactly and the model is cut; the small model is fine-tuned.
+    the budget exactly and the model is cut; the small model is fine-tuned. Where groups are at the
+    boundary, what the loss hardly notices of them leaves before (see `boundary.trim`).
 
     Args:
       apply: pure function ``apply(variables, *args)``.
@@ -121,7 +125,6 @@ def compress(
     criteria = problem.criteria
     key = jax.random.key(0) if key is None else key
     method = GradientSearch() if search is None else search
-    found = method.build(problem)
     job = {
         **describe_request(problem, variables, method),
         "budget": [budget.cost, budget.fraction],
@@ -129,9 +132,11 @@ def compress(
         "fine_tune": [fine_tune, learning_rate],
     }
     folder = None if directory is None else Path(directory)
+    problem, start = trim(problem, variables, limit)
+    found = method.build(problem)
     state, search_history = run_steps(
         found.step,
-        found.init(variables, budget.fraction, key, 0),
+        found.init(start, budget.fraction, key, 0),
         found.steps,
         label="search",
         chunk=min(50, found.steps),
@@ -141,8 +146,9 @@ def compress(
     )
     coefficients = np.asarray(found.coefficients(state))
     trained = found.variables(state)
-    counts = round_counts(cost, coefficients, limit)
-    keep = keep_units(groups, np.asarray(score(groups, trained)), counts)
+    counts = round_counts(problem.cost, coefficients, limit)
+    scores = np.asarray(problem.score(groups, trained))
+    keep = keep_units(groups, scores, counts)
     plan = plan_units(groups, keep)
     ran = _checked_work(groups, plan)
 
@@ -167,7 +173,8 @@ def compress(
         apply=small_apply,
         variables=small,
         plan=plan,
-        groups=groups,
+        groups=problem.groups,
+        scores=scores,
         coefficients=coefficients,
         adapted=trained,
         uncut=ran,

@@ -89,11 +89,11 @@ def flop_cost(groups: Groups) -> Cost:
     The body of a `scan` counts once per step, that of a `while` once, and of a `cond` the first branch.
     """
     builder = _Builder(groups)
-    labels = groups.analysis.labels
     for work in work_of(groups.analysis.program):
         rows = []
-        for value, axis in work.axes:
-            classes = labels(value)[axis]
+        for dimension in work.dimensions:
+            classes = groups.analysis.together(dimension)
+            value, axis = dimension[0]
             size = groups.analysis.program.avals[value].shape[axis]
             units = np.full(size, -1) if classes is None else groups.unit_of_class[classes]
             rows.append(builder.axis(units))

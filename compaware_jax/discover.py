@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from compaware_jax.errors import TraceError
-from compaware_jax.factors import JointCuts
+from compaware_jax.factors import Cuts
 from compaware_jax.groups import COLLECTIONS, FixedAxis, Group, Groups, Leaf, default_component, leaves_of
 from compaware_jax.propagate import Analysis, analyse, work_of
 from compaware_jax.trace import Program, trace
@@ -24,6 +24,7 @@ def find_groups(
     released: Sequence[str] = (),
     state_outputs: Mapping[str, str] | None = None,
     within_heads: bool = False,
+    boundary: bool = False,
     inexact: bool = False,
     strict: bool = False,
     **kwargs: Any,
@@ -42,6 +43,11 @@ def find_groups(
         sub-trees stand for all that is in them. They come out cut as their leaves are.
       within_heads: where one axis holds the heads of an attention and their channels, cut the same
         channels of all heads instead of whole heads. (Where they are two axes, both can leave anyway.)
+      boundary: also let go what kernels read of data inputs and write of outputs that stay: single rows
+        and columns that no channel leaves with. The inputs and outputs keep their shape; an input
+        feature is no longer read, an output feature is what its bias alone makes of it. Rank such units
+        by how they matter to the loss, not by their weights: those of a pixel that is always dark are
+        as large as when they were drawn.
       inexact: also release groups whose removal differs from masking (a norm of a removed column).
       strict: raise at a primitive without a rule instead of keeping whole what reaches it.
       **kwargs: further example inputs, by name.
@@ -83,7 +89,7 @@ def find_groups(
         released=program.positions(released),
         states=states,
         strict=strict,
-        cuts=JointCuts(within_heads=within_heads),
+        cuts=Cuts(within_heads=within_heads, boundary=boundary),
     )
     return _collect(analysis, leaves_of(variables), components, inexact, released, pairs)
 
@@ -161,7 +167,8 @@ def _collect(
         units_of.append(tuple(per_axis))
 
     offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]) if len(sizes) else np.zeros(0, int)
-    groups = _describe(leaves, units_of, order, offsets, sizes, components)
+    at_boundary = np.isin(classes[offsets], analysis.boundary)
+    groups = _describe(leaves, units_of, order, offsets, sizes, components, at_boundary)
     return Groups(
         groups=groups,
         leaves=leaves,
@@ -201,8 +208,8 @@ def _first_use(analysis: Analysis, states: tuple[tuple[str, str], ...]) -> tuple
 def _work_labels(analysis: Analysis) -> list[np.ndarray]:
     return [
         labels
-        for value, axis in dict.fromkeys(pair for work in work_of(analysis.program) for pair in work.axes)
-        if (labels := analysis.labels(value)[axis]) is not None
+        for dimension in dict.fromkeys(d for work in work_of(analysis.program) for d in work.dimensions)
+        if (labels := analysis.together(dimension)) is not None
     ]
 
 
@@ -251,6 +258,7 @@ def _describe(
     offsets: np.ndarray,
     sizes: np.ndarray,
     components: Callable[[str], str],
+    at_boundary: np.ndarray,
 ) -> tuple[Group, ...]:
     axes: list[list[tuple[str, int, int]]] = [[] for _ in sizes]
     parameters = np.zeros(len(sizes), int)
@@ -279,6 +287,7 @@ def _describe(
             axes=tuple(axes[g]),
             components=tuple(dict.fromkeys(components(path) for path, _, _ in axes[g])),
             parameters=int(parameters[g]),
+            boundary=bool(at_boundary[g]),
         )
         for g in range(len(sizes))
     )

@@ -8,8 +8,9 @@ they are solved once, at the end, by connected components.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -43,19 +44,23 @@ Choice = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class JointCuts:
-    """How joint factors are cut where an operation leaves a choice.
+class Cuts:
+    """How to cut where there is a choice.
 
     Attributes:
       within_heads: products over (head, channel) leave by channels of all heads, not by whole heads.
-      choices: the choices that are not taken the usual way; see `Ledger.chosen`.
+      boundary: weights of a contraction may leave at an index that itself stays: they read less of an
+        input, or write less of an output.
+      choices: the choices of how to cut joint factors that are not taken the usual way; see
+        `Ledger.chosen`.
     """
 
     within_heads: bool = False
+    boundary: bool = False
     choices: frozenset[Choice] = frozenset()
 
 
-USUAL = JointCuts()
+USUAL = Cuts()
 """Whole heads; otherwise the outer of two joined axes."""
 
 
@@ -80,6 +85,33 @@ class Tracked:
         return next((f for f in self.factors if axis in f.axes), None)
 
 
+@dataclass(frozen=True, eq=False)
+class LooseEnd:
+    """An axis of an operand some of whose indices leave apart from the equation that reads them.
+
+    Attributes:
+      operand: its position.
+      axis: of the operand.
+      where: boolean array over the axis.
+    """
+
+    operand: int
+    axis: int
+    where: np.ndarray
+
+    def seen(self, ledger: Ledger, x: Tracked) -> Tracked:
+        """The operand as the equation sees it: at the loose indices it has atoms that stay."""
+        factors = []
+        for factor in x.factors:
+            if factor.axes == (self.axis,):
+                ledger.loosened.append(factor.ids[self.where])
+                ids = factor.ids.copy()
+                ids[self.where] = ledger.fresh_fixed(int(self.where.sum()), reason="boundary")
+                factor = replace(factor, ids=ids)
+            factors.append(factor)
+        return replace(x, factors=tuple(factors))
+
+
 @dataclass(eq=False)
 class Ledger:
     """Hands out atoms and collects what is known about them (the only mutable state of an analysis).
@@ -88,10 +120,14 @@ class Ledger:
       size: atoms handed out.
       cuts: how joint factors are cut.
       met: choices met.
+      loose: per equation the ends of its operands that leave apart from it.
+      loosened: the atoms met there.
     """
 
     size: int = 0
-    cuts: JointCuts = USUAL
+    cuts: Cuts = USUAL
+    loose: Mapping[Any, Sequence[LooseEnd]] = field(default_factory=dict)
+    loosened: list[np.ndarray] = field(default_factory=list)
     met: set[Choice] = field(default_factory=set)
     _edges: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     _fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)

@@ -29,7 +29,8 @@ class GridState(NamedTuple):
 class GridSearch:
     """Exhaustive search on a grid of relative coefficients, each tried by a short fine-tune.
 
-    The grid is the product of `levels` over all groups but the first, shifted onto the budget.
+    The grid is the product of `levels` over all groups that may change but the first of them, shifted onto
+    the budget.
 
     Attributes:
       levels: factors on a group's share relative to the first group's.
@@ -49,10 +50,11 @@ class GridSearch:
         """The search as pure functions; one step tries `at_once` points."""
         groups, cost = problem.groups, problem.cost
         levels = np.log(np.asarray(self.levels))
-        product = itertools.product(levels, repeat=max(len(groups.groups) - 1, 0))
-        grid = np.array([(0.0, *point) for point in product])
-        rows = -(-len(grid) // self.at_once) * self.at_once
-        grid = np.resize(grid, (rows, len(groups.groups)))
+        varied = np.flatnonzero(groups.floors < groups.ceilings)[1:]
+        points = list(itertools.product(levels, repeat=len(varied)))
+        rows = -(-len(points) // self.at_once) * self.at_once
+        grid = np.zeros((rows, len(groups.groups)))
+        grid[:, varied] = np.resize(np.array(points), (rows, len(varied)))
 
         def init(variables: Any, budget: Any, key: jax.Array, offset: Any) -> GridState:
             del key

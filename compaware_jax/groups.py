@@ -46,6 +46,8 @@ class Group:
       axes: (leaf path, axis, indices per unit) that a unit spans.
       components: the components that a unit reaches into, first its producer's.
       parameters: parameters that one unit holds when nothing else is removed.
+      boundary: whether they are what the model reads of an input or writes of an output; see
+        `find_groups`.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Group:
     axes: tuple[tuple[str, int, int], ...]
     components: tuple[str, ...]
     parameters: int
+    boundary: bool = False
 
     @property
     def coupling(self) -> bool:
@@ -210,7 +213,7 @@ class Groups:
                 " + ".join(group.components),
                 group.name,
                 group.units,
-                "coupling" if group.coupling else "intra",
+                "boundary" if group.boundary else "coupling" if group.coupling else "intra",
                 group.parameters,
                 ", ".join(
                     f"{path}[{axis}]" + (f"×{times}" if times > 1 else "") for path, axis, times in group.axes

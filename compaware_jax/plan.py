@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from compaware_jax.errors import PlanError
-from compaware_jax.factors import USUAL, JointCuts
+from compaware_jax.factors import USUAL, Cuts
 from compaware_jax.groups import Groups, Leaf, fingerprint
 
 Indices = tuple[int, ...]
@@ -28,7 +28,7 @@ class Plan:
       counts: per group its name, the units kept and the units there were.
       released: tree paths of outputs that come out cut.
       states: (output path, leaf path) pairs of outputs that are the next value of leaves.
-      cuts: how axes that an operation joins were cut.
+      cuts: how it was cut where there was a choice.
     """
 
     leaves: tuple[Leaf, ...]
@@ -36,7 +36,7 @@ class Plan:
     counts: tuple[tuple[str, int, int], ...]
     released: tuple[str, ...] = ()
     states: tuple[tuple[str, str], ...] = ()
-    cuts: JointCuts = USUAL
+    cuts: Cuts = USUAL
 
     @property
     def fingerprint(self) -> str:
@@ -65,6 +65,7 @@ class Plan:
                 "released": self.released,
                 "states": [list(pair) for pair in self.states],
                 "within_heads": self.cuts.within_heads,
+                "boundary": self.cuts.boundary,
                 "choices": sorted(self.cuts.choices),
                 "leaves": [
                     {"path": leaf.path, "shape": leaf.shape, "dtype": leaf.dtype, "kept": kept}
@@ -94,7 +95,8 @@ class Plan:
             released = tuple(map(str, data["released"]))
             states = tuple((str(output), str(leaf)) for output, leaf in data.get("states", ()))
             choices = [(tuple(map(int, a)), tuple(map(int, b))) for a, b in data.get("choices", ())]
-            cuts = JointCuts(bool(data.get("within_heads", False)), frozenset(choices))
+            within_heads, boundary = (bool(data.get(name)) for name in ("within_heads", "boundary"))
+            cuts = Cuts(within_heads, boundary, frozenset(choices))
             stated = data["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             raise PlanError(

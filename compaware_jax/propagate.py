@@ -19,10 +19,11 @@ from compaware_jax.errors import UnknownPrimitiveError
 from compaware_jax.factors import (
     USUAL,
     Choice,
+    Cuts,
     Factor,
     Factors,
-    JointCuts,
     Ledger,
+    LooseEnd,
     Solution,
     Tracked,
     combine,
@@ -42,7 +43,8 @@ class Analysis:
       solution: classes of atoms; joint factors are rectangles under it.
       unknown: where primitives without a rule were met.
       choices: choices of how to cut that were met.
-      cuts: how joint factors were cut, the choices taken included.
+      cuts: how it was cut where there was a choice, the choices taken included.
+      boundary: classes of weights that leave apart from a contraction that reads them.
     """
 
     program: Program
@@ -50,7 +52,8 @@ class Analysis:
     solution: Solution
     unknown: tuple[str, ...]
     choices: frozenset[Choice] = frozenset()
-    cuts: JointCuts = USUAL
+    cuts: Cuts = USUAL
+    boundary: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     _labels: dict[int, tuple[np.ndarray | None, ...]] = field(default_factory=dict)
 
     @cached_property
@@ -77,6 +80,17 @@ class Analysis:
                 result[factor.axes[position]] = labels[index]
             self._labels[value] = tuple(result)
         return self._labels[value]
+
+    def together(self, axes: Sequence[tuple[int, int]]) -> np.ndarray | None:
+        """Classes of the indices of (value id, axis) pairs that run along one another; see `labels`."""
+        result = None
+        for value, axis in axes:
+            labels = self.labels(value)[axis]
+            if result is None or labels is None:
+                result = labels if result is None else result
+            else:
+                result = np.where(result < 0, labels, result)
+        return result
 
     def zero(self, value: int) -> tuple[bool, ...]:
         """Per axis of a value whether dead positions are zero in the masked network."""
@@ -117,7 +131,7 @@ def analyse(
     released: Sequence[int] = (),
     states: Sequence[tuple[int, int]] = (),
     strict: bool = False,
-    cuts: JointCuts = USUAL,
+    cuts: Cuts = USUAL,
     settled: bool = False,
 ) -> Analysis:
     """Find what leaves together in a traced function.
@@ -139,7 +153,29 @@ def analyse(
         trial = _analyse(Ledger(cuts=other), program, released, states, strict)
         if trial.units > best.units:
             best = replace(trial, choices=best.choices)
+    if cuts.boundary and (loose := _loose_ends(best)):
+        loosened = _analyse(Ledger(cuts=best.cuts, loose=loose), program, released, states, strict)
+        best = replace(loosened, choices=best.choices)
     return best
+
+
+def _loose_ends(analysis: Analysis) -> dict[Equation, list[LooseEnd]]:
+    """Where contractions read weights at indices that never leave: there the weights alone may leave."""
+    program = analysis.program
+    of_weights = {*program.leaf_values, *program.constants}
+    ends: dict[Equation, list[LooseEnd]] = {}
+    for eqn in program.block.equations:
+        rule = RULES.get(eqn.primitive)
+        for operand, axis in [] if rule is None or rule.loose is None else rule.loose(eqn):
+            value = eqn.inputs[operand]
+            labels = analysis.labels(value)[axis]
+            # A weight that is gone contributes nothing only where it is zero in the masked network.
+            gone_is_zero = value in of_weights and analysis.zero(value)[axis]
+            if gone_is_zero and labels is not None and (labels < 0).any():
+                ends.setdefault(eqn, []).append(LooseEnd(operand, axis, labels < 0))
+        if of_weights.issuperset(eqn.inputs):
+            of_weights.update(eqn.outputs)
+    return ends
 
 
 def _analyse(
@@ -172,7 +208,7 @@ def analyse_seeded(
     atoms: int,
     *,
     nested: bool = False,
-    cuts: JointCuts = USUAL,
+    cuts: Cuts = USUAL,
 ) -> Analysis:
     """Analyse a program whose inputs already carry atoms (integers below `atoms`); nothing is fixed.
 
@@ -190,12 +226,13 @@ class Work:
 
     Attributes:
       where: primitive, module path and source line.
-      axes: (value id, axis) pairs whose sizes multiply to the multiply-adds.
+      dimensions: axes whose sizes multiply to the multiply-adds, as (value id, axis) pairs; those of one
+        dimension run along one another, so it has the indices that all of them keep.
       times: how often it runs in one call: a body of `scan` runs once per step.
     """
 
     where: str
-    axes: tuple[tuple[int, int], ...]
+    dimensions: tuple[tuple[tuple[int, int], ...], ...]
     times: int
 
 
@@ -220,7 +257,7 @@ def flops_of(eqn: Equation) -> int:
     rule = RULES.get(eqn.primitive)
     if rule is not None and rule.work is not None:
         shapes = dict(zip((*eqn.inputs, *eqn.outputs), (*eqn.in_shapes, *eqn.out_shapes), strict=True))
-        return 2 * int(np.prod([shapes[value][axis] for value, axis in rule.work(eqn)]))
+        return 2 * int(np.prod([shapes[value][axis] for (value, axis), *_ in rule.work(eqn)]))
     inside = sum(flops_of(inner) for body in eqn.bodies for inner in body.equations)
     return max((int(np.prod(shape)) for shape in (*eqn.in_shapes, *eqn.out_shapes)), default=0) + inside
 
@@ -259,6 +296,8 @@ class _Propagation:
 
     def equation(self, eqn: Equation, inputs: list[Tracked]) -> list[Tracked]:
         if eqn.primitive in RULES:
+            for end in self.ledger.loose.get(eqn, ()):
+                inputs[end.operand] = end.seen(self.ledger, inputs[end.operand])
             return RULES[eqn.primitive].couple(self.ledger, eqn, inputs)
         if eqn.primitive in REGIONS:
             return REGIONS[eqn.primitive].couple(self.ledger, eqn, inputs, self.block)
@@ -287,10 +326,13 @@ class _Propagation:
     def close(self, program: Program) -> Analysis:
         factors = {value: x.factors for value, x in self.values.items()}
         joint = [f for fs in factors.values() for f in fs if len(f.axes) > 1]
+        solution = _solve(self.ledger, joint)
+        loosened = np.concatenate([np.zeros(0, int), *self.ledger.loosened])
         return Analysis(
             program=program,
             factors=factors,
-            solution=_solve(self.ledger, joint),
+            solution=solution,
+            boundary=np.unique(solution.labels[loosened]),
             unknown=tuple(self.unknown),
             choices=frozenset(self.ledger.met),
             cuts=self.ledger.cuts,
@@ -298,7 +340,7 @@ class _Propagation:
 
 
 def keeps_derivatives_zero(
-    eqn: Equation, inputs: Sequence[Tracked], memo: dict[Any, bool], cuts: JointCuts
+    eqn: Equation, inputs: Sequence[Tracked], memo: dict[Any, bool], cuts: Cuts
 ) -> bool:
     """Whether dead positions of a custom call have zero tangents, by its own derivative rule.
 
@@ -335,7 +377,7 @@ def _identity(eqn: Equation) -> tuple[Any, ...]:
     return id(eqn.source), eqn.source
 
 
-def _derivative_is_zero(eqn: Equation, inputs: Sequence[Tracked], atoms: int, cuts: JointCuts) -> bool:
+def _derivative_is_zero(eqn: Equation, inputs: Sequence[Tracked], atoms: int, cuts: Cuts) -> bool:
     closed = derivative_of(eqn)
     if closed is None:
         return False

@@ -20,7 +20,7 @@ from jax.extend.core import primitives as p
 from compaware_jax.factors import Factor, Tracked
 from compaware_jax.propagate import Analysis, analyse_seeded, derivative_of
 from compaware_jax.rules import REGIONS, RULES, Kept, Small
-from compaware_jax.rules.families import small_shape, take
+from compaware_jax.rules.families import scatter, small_shape, take
 from compaware_jax.trace import Block, Equation, flatten
 
 
@@ -269,13 +269,3 @@ def _by_class(analysis: Analysis, value: int) -> Tracked:
 
 def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return a is b if a is None or b is None else np.array_equal(a, b)
-
-
-def scatter(array: jax.Array, kept: Kept, shape: tuple[int, ...]) -> jax.Array:
-    """Put a cut array back at its places in zeros of the full shape."""
-    for axis, index in enumerate(kept):
-        if index is not None:
-            size = (*array.shape[:axis], shape[axis], *array.shape[axis + 1 :])
-            places = (slice(None),) * axis + (index,)
-            array = jnp.zeros(size, array.dtype).at[places].set(array)
-    return array

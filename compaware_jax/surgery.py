@@ -15,8 +15,8 @@ from compaware_jax.errors import PlanError
 from compaware_jax.groups import COLLECTIONS, Groups
 from compaware_jax.plan import Plan
 from compaware_jax.propagate import Analysis, analyse, flops_of
-from compaware_jax.rules.families import take
-from compaware_jax.slimming import FullWidth, run_small, scatter
+from compaware_jax.rules.families import scatter, take
+from compaware_jax.slimming import FullWidth, run_small
 from compaware_jax.trace import named_leaves, on_host, path_name, trace
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compaware_jax.boundary import trim
 from compaware_jax.coefficients import GradientSearch, Problem, Score
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion
@@ -122,6 +123,8 @@ def sweep(
     problem = Problem(apply, loss, batches, groups, cost, tuple(criteria), score)
     check_request(problem, variables, held_out, allow_failing=allow_failing)
     criteria = problem.criteria
+    job = describe_request(problem, variables, method)
+    problem, start = trim(problem, variables, min(limits))
     found = method.build(problem)
     lanes = [(budget, limit, s) for budget, limit in zip(budgets, limits, strict=True) for s in range(seeds)]
     total = found.steps + fine_tune
@@ -151,9 +154,9 @@ def sweep(
         """Round every lane to its budget, on the host and in whole numbers."""
         shares = np.asarray(jax.vmap(found.coefficients)(state.search))
         trained = found.variables(state.search)
-        scores = np.asarray(jax.vmap(lambda v: score(groups, v))(trained))
+        scores = np.asarray(jax.vmap(lambda v: problem.score(groups, v))(trained))
         gates = [
-            keep_units(groups, scores[i], round_counts(cost, shares[i], limit))
+            keep_units(groups, scores[i], round_counts(problem.cost, shares[i], limit))
             for i, (_, limit, _) in enumerate(lanes)
         ]
         return state._replace(
@@ -163,24 +166,24 @@ def sweep(
 
     keys = jax.random.split(jax.random.key(0), max(seeds, 1))
     offset = jnp.array([s * total for _, _, s in lanes], jnp.int32)
-    start = jax.vmap(found.init, in_axes=(None, 0, 0, 0))(
-        variables,
+    searches = jax.vmap(found.init, in_axes=(None, 0, 0, 0))(
+        start,
         jnp.array([budget.fraction for budget, _, _ in lanes]),
         jnp.stack([keys[s] for _, _, s in lanes]),
         offset,
     )
     gates = jnp.ones((len(lanes), groups.units))
-    tune = jax.vmap(lambda v: tuner(gates[0], offset[0])[0](v))(found.variables(start))
+    tune = jax.vmap(lambda v: tuner(gates[0], offset[0])[0](v))(found.variables(searches))
     state, _ = run_steps(
         step,
-        _Lanes(start, tune, gates, offset),
+        _Lanes(searches, tune, gates, offset),
         total,
         label=f"sweep of {len(lanes)} lanes",
         chunk=math.gcd(50, math.gcd(found.steps, fine_tune)),
         between={found.steps: harden},
         directory=directory,
         job={
-            **describe_request(problem, variables, method),
+            **job,
             "budgets": [[b.cost, b.fraction] for b in budgets],
             "seeds": seeds,
             "fine_tune": [fine_tune, learning_rate],

@@ -7,7 +7,8 @@ Claim: at no budget and no seed is the compressed model below any rival.
 
 * Rivals: Torch-Pruning's importances, uniform and global, on the same dense weights; the same after 4,000
   more dense steps, for the best of them; the dense model itself, trained on.
-* From scratch: our widths, uniform widths, and the best of 20 random widths.
+* Ours once more without the boundary: only channels leave, as with the rivals.
+* From scratch: our plan, uniform widths, and the best of 20 random widths.
 * Everyone gets the same fine-tune steps after pruning; rivals and fresh models get the best of three
   learning rates by their held-out PSNR (to their favour), ours its default.
 * What our search adds is timed beside 4,000 plain dense steps.
@@ -42,7 +43,7 @@ from scipy import stats
 
 import compaware_jax as ca
 from compaware_jax.coefficients import Problem, on_budget
-from compaware_jax.cost import COSTS, Cost
+from compaware_jax.cost import COSTS, parameter_cost
 from compaware_jax.fit import adam_cosine, fit_step
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
@@ -162,7 +163,12 @@ class Seed:
 
     @cached_property
     def groups(self) -> Groups:
-        """What can leave."""
+        """The channels that can leave: what rivals know of."""
+        return self.task.groups(self.dense, boundary=False)
+
+    @cached_property
+    def all_groups(self) -> Groups:
+        """Pixels that are read or written as well."""
         return self.task.groups(self.dense)
 
     @cached_property
@@ -216,7 +222,7 @@ class Seed:
         share = np.exp(np.asarray(counts)) / self.groups.sizes
         return round_counts(cost, share, ca.params(budget).limit(self.groups))
 
-    def ours(self, budget: float) -> dict[str, Any]:
+    def ours(self, budget: float, groups: Groups) -> dict[str, Any]:
         """`compress` with its defaults."""
         start = time.perf_counter()
         result = ca.compress(
@@ -224,7 +230,7 @@ class Seed:
             self.dense,
             loss,
             self.task.batches,
-            groups=self.groups,
+            groups=groups,
             budget=ca.params(budget),
             search=self.config.search,
             fine_tune=self.steps,
@@ -261,7 +267,9 @@ class Seed:
     def step_times(self) -> dict[str, float]:
         """Seconds per dense step and per step of the search, in turns."""
         search = self.config.search
-        problem = Problem(self.task.model.apply, loss, self.task.batches, self.groups, self.cost)
+        problem = Problem(
+            self.task.model.apply, loss, self.task.batches, self.all_groups, parameter_cost(self.all_groups)
+        )
         found = search.build(problem)
         schedule = adam_cosine(1e-3, self.steps)
         init, step = fit_step(self.task.model.apply, loss, self.task.batches, schedule)
@@ -282,11 +290,6 @@ class Seed:
                     times[name].append((time.perf_counter() - start) / 100)
         return {name: float(np.median(values)) for name, values in times.items()} | {"steps": search.steps}
 
-    @cached_property
-    def cost(self) -> Cost:
-        """Parameters."""
-        return COSTS["parameters"](self.groups)
-
 
 # The dense layers of the preset, in order; Torch-Pruning's model is built from them.
 LAYERS = (
@@ -299,6 +302,7 @@ LAYERS = (
 )
 
 Key = tuple[Any, ...]
+OURS, CHANNELS = "ours", "ours, channels only"
 TRAINED_ON = "the best of these, after more dense steps"
 
 
@@ -341,7 +345,8 @@ class Comparison:
         config, seeds, budgets = self.config, self.seeds, self.config.budgets
         self.do({("dense", s.seed): partial(getattr, s, "dense") for s in seeds})
         pairs = [(s, b) for b in budgets for s in seeds]
-        ours = self.do({("ours", b, s.seed): partial(s.ours, b) for s, b in pairs})
+        ours = self.do({(OURS, b, s.seed): partial(s.ours, b, s.all_groups) for s, b in pairs})
+        self.do({(CHANNELS, b, s.seed): partial(s.ours, b, s.groups) for s, b in pairs})
         self.do({("dense more", s.seed): self.tuned(s, None, s.dense) for s in seeds})
         self.do({("times",): seeds[0].step_times})
         self.do(
@@ -352,22 +357,22 @@ class Comparison:
         )
         self.do(
             {
-                ("our widths, from scratch", b, s.seed): self.tuned(
-                    s, s.plan_of(counts_of(ours["ours", b, s.seed]["plan"]), s.fresh), s.fresh
-                )
+                ("our plan, from scratch", b, s.seed): self.tuned(s, ours[OURS, b, s.seed]["plan"], s.fresh)
                 for s, b in pairs
             }
         )
         if config.torch_python:
             self.rivals()
         self.random_widths()
-        return self.collected(ours)
+        return self.collected()
 
-    def collected(self, ours: Mapping[Key, Any]) -> dict[str, dict[float, list[float]]]:
+    def collected(self) -> dict[str, dict[float, list[float]]]:
         """PSNR per method and budget, a list over seeds, at the best learning rate of the mean."""
-        result: dict[str, dict[float, list[float]]] = {"ours": {}}
-        for b in self.config.budgets:
-            result["ours"][b] = [ours["ours", b, s.seed]["psnr"] for s in self.seeds]
+        result: dict[str, dict[float, list[float]]] = {}
+        for name in (OURS, CHANNELS):
+            for b in self.config.budgets:
+                psnr = [self.get((name, b, s.seed))["psnr"] for s in self.seeds]
+                result.setdefault(name, {})[b] = psnr
         for name in self.methods():
             for b in self.config.budgets:
                 keys = [(name, b, s.seed) for s in self.seeds]
@@ -379,7 +384,7 @@ class Comparison:
 
     def methods(self) -> list[str]:
         """Names of everybody but ours."""
-        scratch = ["our widths, from scratch", "uniform, from scratch", "best of random widths, from scratch"]
+        scratch = ["our plan, from scratch", "uniform, from scratch", "best of random widths, from scratch"]
         if not self.config.torch_python:
             return scratch
         kept = self.get(("kept", self.seeds[0].seed))
@@ -442,11 +447,6 @@ class Comparison:
         self.do(work)
 
 
-def counts_of(plan: ca.Plan) -> np.ndarray:
-    """Kept units per group."""
-    return np.array([kept for _, kept, _ in plan.counts])
-
-
 def cell(values: Sequence[float]) -> str:
     """Mean and 95 % interval (Student's t over seeds)."""
     mean = float(np.mean(values))
@@ -458,8 +458,9 @@ def cell(values: Sequence[float]) -> str:
 
 def above(found: Mapping[str, Mapping[float, Sequence[float]]], budget: float) -> list[float]:
     """Per seed how far ours is above the method that is best of all others on the mean."""
-    others = [np.array(at[budget]) for name, at in found.items() if name != "ours" and budget in at]
-    return (np.array(found["ours"][budget]) - max(others, key=np.mean)).tolist()
+    rivals = {name: at for name, at in found.items() if name not in (OURS, CHANNELS)}
+    others = [np.array(at[budget]) for at in rivals.values() if budget in at]
+    return (np.array(found[OURS][budget]) - max(others, key=np.mean)).tolist()
 
 
 def main(config: Config) -> None:

@@ -135,7 +135,7 @@ def main(config: Config) -> None:
     dense_metrics = metrics_of(task.model.apply, dense, task.held_out)
     drops = {"psnr": config.psnr_drop, "ssim": config.ssim_drop, "knn": config.knn_drop}
     criteria = criteria_below(dense_metrics, drops)
-    groups = task.groups(dense)
+    groups, channels = task.groups(dense), task.groups(dense, boundary=False)
     print(groups, "\n")
 
     result = ca.compress(
@@ -166,14 +166,14 @@ def main(config: Config) -> None:
         )
         models[label] = (small, trained, plan)
 
-    uniform = uniform_plan(groups, dense, schedule.budget)
+    uniform = uniform_plan(channels, dense, schedule.budget)
     fresh = task.model.init(jax.random.fold_in(task.init_key, 1))
     rival("uniform L2", dense, uniform)
     rival("from scratch, uniform widths", fresh, uniform)
     rival("from scratch, our widths", fresh, result.plan)
 
-    falls = sensitivities(task, groups, dense)
-    rows = {n: describe(groups, task, m, criteria) for n, m in models.items()}
+    falls = sensitivities(task, result, dense)
+    rows = {n: describe((channels, groups), task, m, criteria) for n, m in models.items()}
     times = latencies({n: m[:2] for n, m in models.items()}, task.held_out["image"][:256])
     result.plan.save(folder / "plan.json")
     write_json(
@@ -197,7 +197,7 @@ def main(config: Config) -> None:
     header, table = comparison(rows, times, criteria)
     print("\n" + text_table(header, table, "held-out digits; forward of one batch of 256"))
     print("criteria: " + "; ".join(str(c) for c in criteria))
-    write_report(folder, config, schedule, task, groups, result, models, rows, falls, header, table)
+    write_report(folder, config, schedule, task, channels, result, models, rows, falls, header, table)
     print(f"\n{seconds:.0f} s; everything is in {folder}, the report in {folder / 'report.html'}")
 
 
@@ -210,10 +210,14 @@ def uniform_plan(groups: ca.Groups, dense: Any, budget: float) -> ca.Plan:
 
 
 def describe(
-    groups: ca.Groups, task: Task, model: tuple[Any, Any, ca.Plan | None], criteria: Any
+    kinds: tuple[ca.Groups, ca.Groups],
+    task: Task,
+    model: tuple[Any, Any, ca.Plan | None],
+    criteria: Any,
 ) -> dict[str, Any]:
-    """Costs, metrics and kept criteria of a model."""
+    """Costs, metrics and kept criteria of a model; groups without and with those at the boundary."""
     apply, variables, plan = model
+    groups = kinds[0 if plan is None else plan.cuts.boundary]
     counts = groups.sizes if plan is None else np.array([kept for _, kept, _ in plan.counts])
     metrics = metrics_of(apply, variables, task.held_out)
     return {
@@ -242,34 +246,38 @@ def comparison(
     return header, table
 
 
-def sensitivities(task: Task, groups: ca.Groups, dense: Any) -> dict[str, float]:
+def sensitivities(task: Task, result: ca.Result, dense: Any) -> dict[str, float]:
     """PSNR in dB that the dense model loses when a group alone gives up half of its units, untuned."""
 
     def metric(variables: Any) -> jax.Array:
         return psnr_of(task.model.apply, variables, task.held_out)
 
-    falls = jax.jit(lambda v: group_ablation(groups, metric, v, l2(groups, v)))(dense)
+    groups = result.groups
+    at_boundary = np.array([g.boundary for g in groups.groups], bool)[groups.group_of_unit]
+    scores = np.where(at_boundary, result.scores, l2(groups, dense))
+    falls = jax.jit(lambda v: group_ablation(groups, metric, v, scores))(dense)
     return dict(zip([g.name for g in groups.groups], np.asarray(falls).tolist(), strict=True))
 
 
 def untuned(
-    task: Task, groups: ca.Groups, dense: Any, result: ca.Result
+    task: Task, channels: ca.Groups, dense: Any, result: ca.Result
 ) -> dict[str, list[tuple[float, float]]]:
     """PSNR at several budgets without fine-tune: uniform L2 on dense weights, ours after the search."""
-    cost = COSTS["parameters"](groups)
-    whole = [i for i, group in enumerate(groups.groups) if group.coupling]
-    measure = jax.jit(
-        lambda gates, v: psnr_of(task.model.apply, ca.apply_mask(groups, gates, v), task.held_out)
-    )
+
+    @jax.jit
+    def measure(variables: Any) -> jax.Array:
+        return psnr_of(task.model.apply, variables, task.held_out)
+
     lines: dict[str, list[tuple[float, float]]] = {"uniform L2, not tuned": [], "ours, not tuned": []}
+    cost = COSTS["parameters"](result.groups)
     for share in (0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0):
-        limit = int(share * cost.total)
-        for name, weights, counts in (
-            ("uniform L2, not tuned", dense, uniform_counts(cost, limit, whole=whole)),
-            ("ours, not tuned", result.adapted, round_counts(cost, result.coefficients, limit)),
+        counts = round_counts(cost, result.coefficients, int(share * cost.total))
+        ours = ca.plan_units(result.groups, keep_units(result.groups, result.scores, counts))
+        for line, plan, weights in zip(
+            lines.values(), (uniform_plan(channels, dense, share), ours), (dense, result.adapted), strict=True
         ):
-            keep = keep_units(groups, l2(groups, weights), counts).astype(np.float32)
-            lines[name].append((100 * share, float(measure(keep, weights))))
+            masked = ca.expand(ca.shrink(weights, plan), plan)
+            line.append((100 * plan.parameters / cost.total, float(measure(masked))))
     return lines
 
 
@@ -278,7 +286,7 @@ def write_report(
     config: Config,
     schedule: Schedule,
     task: Task,
-    groups: ca.Groups,
+    channels: ca.Groups,
     result: ca.Result,
     models: Mapping[str, tuple[Any, Any, ca.Plan | None]],
     rows: Mapping[str, Any],
@@ -301,7 +309,8 @@ def write_report(
         n: [(100 * row["parameters"] / rows["dense"]["parameters"], row["metrics"][metric])]
         for n, row in rows.items()
     }
-    points |= untuned(task, groups, models["dense"][1], result)
+    points |= untuned(task, channels, models["dense"][1], result)
+    groups = result.groups
     figures = {
         "trade_off": trade_off_figure(points, metric=f"{metric}, held-out"),
         "kept_units": kept_units_figure(groups, result.plan),

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import compaware_jax as ca
+from compaware_jax.boundary import trim
 from compaware_jax.coefficients import Problem, SearchMethod
 from compaware_jax.cost import parameter_cost
 from compaware_jax.criteria import measure
 from compaware_jax.data import ImageSet, mnist, resident, whole
-from compaware_jax.importance import l2
 from compaware_jax.loop import run_steps
 from compaware_jax.metrics import knn_accuracy, psnr, ssim
 from compaware_jax.models import Autoencoder, autoencoder
@@ -110,9 +110,10 @@ class Task:
     ) -> tuple[ca.Plan, Any, float]:
         """The search of `compress` alone: the plan, the adapted weights, and its seconds, compiled or not."""
         cost = parameter_cost(groups)
-        problem = Problem(self.model.apply, loss, self.batches, groups, cost)
-        found = method.build(problem)
+        limit = ca.params(budget).limit(groups)
         start = time.perf_counter()
+        problem, dense = trim(Problem(self.model.apply, loss, self.batches, groups, cost), dense, limit)
+        found = method.build(problem)
         state, _ = run_steps(
             found.step,
             found.init(dense, budget, key, 0),
@@ -123,13 +124,18 @@ class Task:
         )
         weights = jax.block_until_ready(found.variables(state))
         seconds = time.perf_counter() - start
-        counts = round_counts(cost, np.asarray(found.coefficients(state)), ca.params(budget).limit(groups))
-        keep = keep_units(groups, np.asarray(l2(groups, weights)), counts)
+        counts = round_counts(problem.cost, np.asarray(found.coefficients(state)), limit)
+        keep = keep_units(groups, np.asarray(problem.score(groups, weights)), counts)
         return ca.plan_units(groups, keep), weights, seconds
 
-    def groups(self, variables: Any) -> ca.Groups:
-        """The coupled channels; the latent is an output that may shrink."""
-        return ca.find_groups(self.model.apply, variables, IMAGE, released=("latent",))
+    def groups(self, variables: Any, *, boundary: bool = True) -> ca.Groups:
+        """What can leave: channels, pixels that are read or written; the latent is an output that may shrink.
+
+        Args:
+          variables: the dense model's.
+          boundary: pixels too; rivals know of channels only.
+        """
+        return ca.find_groups(self.model.apply, variables, IMAGE, released=("latent",), boundary=boundary)
 
 
 def latencies(

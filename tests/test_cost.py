@@ -19,14 +19,15 @@ from tests.models import MODELS
 def counted_flops(apply, variables, args):
     """FLOPs of a function as it is, from the shapes in its own jaxpr."""
     program = flatten(jax.make_jaxpr(apply)(variables, *args), leaves=())
-    shapes = [[program.avals[v].shape[a] for v, a in work.axes] for work in work_of(program)]
+    shapes = [[program.avals[v].shape[a] for (v, a), *_ in work.dimensions] for work in work_of(program)]
     return sum(2 * int(np.prod(sizes)) for sizes in shapes)
 
 
+@pytest.mark.parametrize("boundary", [False, True])
 @pytest.mark.parametrize("name", ["mlp", "convolutional", "gated", "concatenated", "attention"])
-def test_costs_are_exact(name):
+def test_costs_are_exact(name, boundary):
     apply, variables, args = MODELS[name]()
-    groups = ca.find_groups(apply, variables, *args)
+    groups = ca.find_groups(apply, variables, *args, boundary=boundary)
     for seed in range(3):
         keep = random_keep(groups, np.random.default_rng(seed))
         plan = ca.plan_units(groups, keep)

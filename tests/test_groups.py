@@ -173,3 +173,52 @@ def test_heads_leave_whole_or_within_on_request(fused):
     small = ca.slim(apply, plan)(ca.shrink(variables, plan), longer)
     masked = ca.apply_mask(within, jnp.asarray(keep, float), variables)
     np.testing.assert_allclose(small, apply(masked, longer), rtol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_boundary_frees_what_is_read_of_inputs_and_written_to_outputs():
+    """A skip keeps the input whole, a bias the output; only the kernels' rows and columns leave."""
+    rng = np.random.default_rng(0)
+    variables = {"in": rng.normal(size=(6, 5)), "out": rng.normal(size=(5, 6)), "bias": rng.normal(size=6)}
+
+    def apply(v, x):
+        return jax.nn.sigmoid(jnp.tanh(x["seen"] @ v["in"]) @ v["out"] + v["bias"]) + x["seen"]
+
+    x = {"seen": rng.normal(size=(3, 6))}
+    assert [g.axes for g in ca.find_groups(apply, variables, x).groups] == [(("in", 1, 1), ("out", 0, 1))]
+    groups = ca.find_groups(apply, variables, x, boundary=True)
+    assert [(g.axes, g.units) for g in groups.groups] == [
+        ((("in", 0, 1),), 6),
+        ((("in", 1, 1), ("out", 0, 1)), 5),
+        ((("out", 1, 1),), 6),
+    ]
+    assert [(f.path, f.axis) for f in groups.fixed] == [("bias", 0)]
+    keep = np.array([1, 0, 0, 1, 0, 1, *[1, 1, 0, 1, 0], *[0, 1, 1, 0, 0, 1]], bool)
+    plan = ca.Plan.from_json(ca.plan_units(groups, keep).to_json())  # It knows how it cuts.
+    small = ca.shrink(variables, plan)
+    assert {name: leaf.shape for name, leaf in small.items()} == {"in": (3, 3), "out": (3, 3), "bias": (6,)}
+    more = {"seen": rng.normal(size=(7, 6))}
+    masked = ca.apply_mask(groups, jnp.asarray(keep, float), variables)
+    np.testing.assert_allclose(ca.slim(apply, plan)(small, more), apply(masked, more), rtol=1e-12)
+    assert ca.uncut(groups, plan) == ()
+
+
+@pytest.mark.usefixtures("x64")
+def test_boundary_where_data_and_channels_meet():
+    """Of one kernel's rows some read the observation, some a latent: those leave with its channels."""
+    rng = np.random.default_rng(1)
+    variables = {name: rng.normal(size=shape) for name, shape in {"a": (3, 4), "b": (7, 2)}.items()}
+
+    def apply(v, x):
+        return jnp.concatenate([x, jnp.exp(x @ v["a"])], -1) @ v["b"]
+
+    x = rng.normal(size=(5, 3))
+    groups = ca.find_groups(apply, variables, x, boundary=True)
+    assert [g.axes for g in groups.groups] == [
+        (("a", 0, 1),),
+        (("a", 1, 1), ("b", 0, 1)),
+        (("b", 0, 1),),
+        (("b", 1, 1),),
+    ]
+    keep = np.array([[1, 0, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1], [0, 1, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0]], bool)
+    assert max(law_errors(apply, variables, x, keep=keep, groups=groups)) <= 1e-10

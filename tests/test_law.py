@@ -28,7 +28,7 @@ def model(request):
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_law_on_models(model, share):
     apply, variables, args = model
-    groups = ca.find_groups(apply, variables, *args)
+    groups = ca.find_groups(apply, variables, *args, boundary=share == 0.5)
     keep = random_keep(groups, np.random.default_rng(int(10 * share)), share)
     assert not keep.all()
     assert max(law_errors(apply, variables, *args, keep=keep, groups=groups)) <= TOLERANCE
@@ -56,10 +56,10 @@ def test_law_on_autoencoders(preset):
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-@given(seed=st.integers(0, 2**31), share=st.sampled_from([0.3, 0.7]))
-def test_law_on_random_programs(seed, share):
+@given(seed=st.integers(0, 2**31), share=st.sampled_from([0.3, 0.7]), boundary=st.booleans())
+def test_law_on_random_programs(seed, share, boundary):
     apply, variables, x = random_program(seed)
-    groups = ca.find_groups(apply, variables, x, strict=True)
+    groups = ca.find_groups(apply, variables, x, strict=True, boundary=boundary)
     keep = random_keep(groups, np.random.default_rng(seed), share)
     assert (
         max(law_errors(apply, variables, x, keep=keep, groups=groups, compiler_options=COMPILER)) <= TOLERANCE

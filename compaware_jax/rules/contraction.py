@@ -9,7 +9,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
-from compaware_jax.rules.families import bind, fixed_elsewhere, take
+from compaware_jax.rules.families import bind, fixed_elsewhere, scatter, small_shape, take
 from compaware_jax.rules.registry import Kept, Small, register_rule
 from compaware_jax.trace import Equation
 
@@ -59,6 +59,12 @@ def _couple_dot(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
 
 def _slim_dot(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
     contract, batch = eqn.params["dimension_numbers"]
+    free = [
+        x.kept[axis]
+        for x, roles in zip(operands, _roles(eqn), strict=True)
+        for axis, (role, _) in roles.items()
+        if role == "free"
+    ]
     lhs, rhs = operands
     arrays: list[jax.Array] = [lhs.array, rhs.array]
     for left, right in zip(*batch, strict=True):
@@ -67,7 +73,27 @@ def _slim_dot(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) ->
         if not _vanishes(lhs, left, rhs, right):
             return None
         arrays = _intersect(arrays, lhs.kept[left], left, rhs.kept[right], right)
-    return bind(eqn, arrays)
+    (result,) = bind(eqn, arrays)
+    return [_spread(eqn, result, (*kept[0][: len(batch[0])], *free), kept[0])]
+
+
+def _loose_dot(eqn: Equation) -> list[tuple[int, int]]:
+    return [
+        (operand, axis)
+        for operand, roles in enumerate(_roles(eqn))
+        for axis, (role, _) in roles.items()
+        if role != "batch"
+    ]
+
+
+def _spread(eqn: Equation, result: jax.Array, have: Kept, target: Kept) -> jax.Array:
+    """Zeros at the indices of a result that stay although the weights that make them are gone."""
+    places: list[np.ndarray | None] = []
+    for index, want in zip(have, target, strict=True):
+        if index is not None and want is not None:
+            index = None if len(want) == len(index) else np.searchsorted(want, index)
+        places.append(index)
+    return scatter(result, places, small_shape(eqn.out_shapes[0], target))
 
 
 def _vanishes(lhs: Small, left: int, rhs: Small, right: int) -> bool:
@@ -80,10 +106,18 @@ def _vanishes(lhs: Small, left: int, rhs: Small, right: int) -> bool:
 def _intersect(
     arrays: list[jax.Array], a: np.ndarray | None, left: int, b: np.ndarray | None, right: int
 ) -> list[jax.Array]:
-    """Cut the whole one of two paired axes to what the other keeps."""
+    """Cut two paired axes to what both keep."""
+    if a is None or b is None:
+        return [
+            _take_axis(arrays[0], left, b if a is None else None),
+            _take_axis(arrays[1], right, a if b is None else None),
+        ]
+    if np.array_equal(a, b):
+        return arrays
+    both = np.intersect1d(a, b)
     return [
-        _take_axis(arrays[0], left, b if a is None else None),
-        _take_axis(arrays[1], right, a if b is None else None),
+        _take_axis(arrays[0], left, np.searchsorted(a, both)),
+        _take_axis(arrays[1], right, np.searchsorted(b, both)),
     ]
 
 
@@ -91,13 +125,22 @@ def _take_axis(array: jax.Array, axis: int, index: np.ndarray | None) -> jax.Arr
     return take(array, [index if a == axis else None for a in range(array.ndim)])
 
 
-def _work_dot(eqn: Equation) -> list[tuple[int, int]]:
+def _work_dot(eqn: Equation) -> list[tuple[tuple[int, int], ...]]:
+    lhs, rhs = eqn.inputs
     roles = _roles(eqn)
-    left = [(eqn.inputs[0], a) for a in roles[0]]
-    return left + [(eqn.inputs[1], a) for a, (role, _) in roles[1].items() if role == "free"]
+    contract, batch = eqn.params["dimension_numbers"]
+    pairs = [*zip(*batch, strict=True), *zip(*contract, strict=True)]
+    shared = [((lhs, left), (rhs, right)) for left, right in pairs]
+    free = [
+        ((value, axis),)
+        for value, of in zip((lhs, rhs), roles, strict=True)
+        for axis, (role, _) in of.items()
+        if role == "free"
+    ]
+    return [*shared, *free]
 
 
-register_rule(p.dot_general_p, _couple_dot, _slim_dot, _work_dot)
+register_rule(p.dot_general_p, _couple_dot, _slim_dot, _work_dot, _loose_dot)
 
 
 # --- conv_general_dilated -----------------------------------------------------------------------------
@@ -180,7 +223,10 @@ def _slim_conv(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -
         if not _vanishes(lhs, lhs_feature, rhs, rhs_in):
             return None
         a, b = lhs.kept[lhs_feature], rhs.kept[rhs_in]
-        return bind(eqn, _intersect([lhs.array, rhs.array], a, lhs_feature, b, rhs_in))
+        (result,) = bind(eqn, _intersect([lhs.array, rhs.array], a, lhs_feature, b, rhs_in))
+        have = list(kept[0])
+        have[spec.out_spec[1]] = rhs.kept[rhs_out]
+        return [_spread(eqn, result, tuple(have), kept[0])]
     if _by_position(eqn):
         if not _vanishes(lhs, lhs_feature, rhs, rhs_in):
             return None
@@ -208,11 +254,22 @@ def _slim_conv(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -
     return bind(eqn, [image, kernel], feature_group_count=len(alive))
 
 
-def _work_conv(eqn: Equation) -> list[tuple[int, int]]:
+def _loose_conv(eqn: Equation) -> list[tuple[int, int]]:
+    if eqn.params["feature_group_count"] > 1 or eqn.params["batch_group_count"] > 1:
+        return []
+    return [(1, axis) for axis in eqn.params["dimension_numbers"].rhs_spec[:2]]
+
+
+def _work_conv(eqn: Equation) -> list[tuple[tuple[int, int], ...]]:
     spec = eqn.params["dimension_numbers"]
-    out = [(eqn.outputs[0], a) for a in range(len(eqn.out_shapes[0]))]
     rhs_out = spec.rhs_spec[0]
-    return out + [(eqn.inputs[1], a) for a in range(len(eqn.in_shapes[1])) if a != rhs_out]
+    out: list[tuple[tuple[int, int], ...]] = [((eqn.outputs[0], a),) for a in range(len(eqn.out_shapes[0]))]
+    kernel: list[tuple[tuple[int, int], ...]] = [
+        ((eqn.inputs[1], a),) for a in range(len(eqn.in_shapes[1])) if a != rhs_out
+    ]
+    if eqn.params["feature_group_count"] == 1:
+        out[spec.out_spec[1]] = ((eqn.outputs[0], spec.out_spec[1]), (eqn.inputs[1], rhs_out))
+    return [*out, *kernel]
 
 
-register_rule(p.conv_general_dilated_p, _couple_conv, _slim_conv, _work_conv)
+register_rule(p.conv_general_dilated_p, _couple_conv, _slim_conv, _work_conv, _loose_conv)

@@ -43,7 +43,8 @@ class Small:
 
 Couple = Callable[[Ledger, Equation, Sequence[Tracked]], "list[Tracked]"]
 Slim = Callable[[Equation, Sequence[Small], Sequence[Kept]], "list[jax.Array] | None"]
-Work = Callable[[Equation], "list[tuple[int, int]]"]
+Work = Callable[[Equation], "list[tuple[tuple[int, int], ...]]"]
+Loose = Callable[[Equation], "list[tuple[int, int]]"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,19 +56,27 @@ class Rule:
         ledger which atoms leave together.
       slim: ``(equation, operands, kept_outputs) -> arrays``, or None from it (or instead of it) to run
         the equation at full width.
-      work: ``equation -> [(value id, axis), ...]``: their sizes multiply to the multiply-adds.
+      work: ``equation -> dimensions``, whose sizes multiply to the multiply-adds; a dimension is a tuple
+        of the (value id, axis) pairs that run along it.
+      loose: ``equation -> [(operand, axis), ...]`` where `slim` takes an operand that is cut although
+        the index stays: what is missing counts as zero.
     """
 
     couple: Couple
     slim: Slim | None = None
     work: Work | None = None
+    loose: Loose | None = None
 
 
 RULES: dict[Primitive, Rule] = {}
 
 
 def register_rule(
-    primitive: Primitive, couple: Couple, slim: Slim | None = None, work: Work | None = None
+    primitive: Primitive,
+    couple: Couple,
+    slim: Slim | None = None,
+    work: Work | None = None,
+    loose: Loose | None = None,
 ) -> None:
     """Register how a primitive is read; see `Rule` for the three readings.
 
@@ -76,6 +85,7 @@ def register_rule(
       couple: its coupling.
       slim: its slimming; None runs it at full width, which is always exact.
       work: its multiply-add count as a product of axis sizes.
+      loose: the ends of its operands that may leave apart from it.
 
     Example:
       A primitive that swaps neighbours along its last axis. Coupling does to the atoms what it does to
@@ -101,7 +111,7 @@ def register_rule(
       >>> dict(zip(("a", "b"), plan.kept))
       {'a': (None, (1, 2, 3)), 'b': ((0, 2, 3), None)}
     """
-    RULES[primitive] = Rule(couple, slim, work)
+    RULES[primitive] = Rule(couple, slim, work, loose)
 
 
 Read = Callable[[Block, Sequence[Tracked]], "list[Tracked]"]

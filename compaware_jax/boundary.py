@@ -1,0 +1,145 @@
+"""What a model reads of its inputs and writes of its outputs: what the application does not need goes first.
+
+Units at the boundary (``find_groups(..., boundary=True)``) are not like channels. Their weights say little:
+those of a pixel that is always dark are as large as when they were drawn. And many of them cost the
+application nothing, so they are no matter of trade. So before a search they are ranked by what the loss says
+of them, and those that it hardly notices leave; then the search shares out the budget among the channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from compaware_jax.coefficients import Problem
+from compaware_jax.fit import adam_cosine
+from compaware_jax.groups import Groups, Limits
+from compaware_jax.importance import ranks
+from compaware_jax.masks import apply_mask
+
+
+def trim(
+    problem: Problem,
+    variables: Any,
+    limit: int,
+    *,
+    share: float = 0.01,
+    steps: int = 100,
+    calibration: int = 200,
+    learning_rate: float = 0.1,
+) -> tuple[Problem, Any]:
+    """Let go of the boundary units that the loss hardly notices.
+
+    Of every boundary group those units stay that hold, together, all but a share of the Fisher information
+    of the group's gates. Then the leaves that no unit reaches, such as the bias of an output whose kernel
+    lost columns, are trained alone: what those columns gave is theirs to give now.
+
+    Args:
+      problem: what a search is asked.
+      variables: the dense model's.
+      limit: the cost that has to stay within reach; where it would not, nothing is trimmed.
+      share: of a group's Fisher information that may leave, in [0, 1).
+      steps: batches from which the information is estimated.
+      calibration: training steps of the leaves that no unit reaches.
+      learning_rate: of those (Adam, cosine to zero).
+
+    Returns:
+      The problem, its groups constrained to what stays and its score ranking that first; and the
+      variables to search from. Both as they were where no group is at the boundary.
+    """
+    groups = problem.groups
+    at_boundary = np.array([group.boundary for group in groups.groups], bool)
+    if not at_boundary.any():
+        return problem, variables
+    information = gate_information(problem, variables, steps)
+    counts = np.clip(_needed(groups, np.asarray(information), share), groups.floors, groups.ceilings)
+    limits = Limits(
+        least=np.where(at_boundary, counts, groups.floors),
+        most=np.where(at_boundary, counts, groups.ceilings),
+        step=groups.steps,
+        may_empty=groups.may_empty,
+    )
+    groups = replace(groups, limits=limits)
+    cost = replace(problem.cost, least=groups.floors, most=groups.ceilings)
+    if cost.floor > limit:
+        return problem, variables
+    ranked = at_boundary[groups.group_of_unit]
+
+    def score(groups: Groups, variables: Any) -> jax.Array:
+        return jnp.where(ranked, information, problem.score(groups, variables))
+
+    stays = np.asarray(ranks(groups, information)) < counts[groups.group_of_unit]
+    gates = jnp.asarray(~ranked | stays, float)
+    trimmed = replace(problem, groups=groups, cost=cost, score=score)
+    return trimmed, _calibrated(trimmed, gates, variables, calibration, learning_rate)
+
+
+def gate_information(problem: Problem, variables: Any, steps: int) -> Float[Array, " units"]:
+    """Empirical Fisher information of each unit's gate at one: the mean square of the loss' slope by it.
+
+    Args:
+      problem: what a search is asked.
+      variables: where to take the slopes.
+      steps: batches.
+
+    Returns:
+      Shape (units,).
+
+    References:
+      Theis et al., Faster gaze prediction with dense networks and Fisher pruning, arXiv 1801.05787.
+    """
+    gates = jnp.ones(problem.groups.units)
+
+    def add(total: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        def value(gates: jax.Array) -> jax.Array:
+            masked = apply_mask(problem.groups, gates, variables)
+            return problem.loss(problem.apply, masked, problem.batches(index))
+
+        return total + jax.grad(value)(gates) ** 2 / steps, None
+
+    return jax.jit(lambda: jax.lax.scan(add, jnp.zeros_like(gates), jnp.arange(steps))[0])()
+
+
+def _needed(groups: Groups, information: np.ndarray, share: float) -> np.ndarray:
+    """Per group how many of its best units hold all but a share of its information, in allowed steps."""
+    counts = []
+    for group in groups.groups:
+        held = np.cumsum(np.sort(information[group.slice])[::-1])
+        counts.append(int(np.sum(held < (1 - share) * held[-1])) + 1)
+    return np.minimum(-(-np.array(counts) // groups.steps) * groups.steps, groups.sizes)
+
+
+def _calibrated(problem: Problem, gates: jax.Array, variables: Any, steps: int, learning_rate: float) -> Any:
+    """The variables, their leaves without units trained under the gates, if that lowers the loss."""
+    leaves, structure = jax.tree.flatten(variables)
+
+    def put(trained: list[jax.Array]) -> Any:
+        placed = dict(zip(alone, trained, strict=True))
+        return jax.tree.unflatten(structure, [placed.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    alone = [i for i, axes in enumerate(problem.groups.units_of) if not any((u >= 0).any() for u in axes)]
+    rule = adam_cosine(learning_rate, steps)
+
+    def value(trained: list[jax.Array], index: jax.Array) -> jax.Array:
+        masked = apply_mask(problem.groups, gates, put(trained))
+        return problem.loss(problem.apply, masked, problem.batches(index))
+
+    def step(state: Any, index: jax.Array) -> tuple[Any, jax.Array]:
+        trained, moments = state
+        before, gradients = jax.value_and_grad(value)(trained, index)
+        updates, moments = rule.update(gradients, moments, trained)
+        return (jax.tree.map(jnp.add, trained, updates), moments), before
+
+    @jax.jit
+    def run(start: list[jax.Array]) -> list[jax.Array]:
+        (trained, _), _ = jax.lax.scan(step, (start, rule.init(start)), jnp.arange(steps))
+        unseen = steps + jnp.arange(4)
+        old, new = (jax.lax.map(lambda i, x=x: value(x, i), unseen).mean() for x in (start, trained))
+        return jax.tree.map(lambda a, b: jnp.where(new < old, b, a), start, trained)
+
+    return put(run([jnp.asarray(leaves[i]) for i in alone])) if alone else variables
