@@ -8,6 +8,7 @@ of them, and those that it hardly notices leave; then the search shares out the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +27,9 @@ from compaware_jax.masks import apply_mask
 def trim(
     problem: Problem,
     variables: Any,
-    limit: int,
+    limits: Sequence[int],
     *,
-    share: float = 0.01,
+    share: float = 3e-4,
     steps: int = 100,
     calibration: int = 200,
     learning_rate: float = 0.1,
@@ -36,14 +37,16 @@ def trim(
     """Let go of the boundary units that the loss hardly notices.
 
     Of every boundary group those units stay that hold, together, all but a share of the Fisher information
-    of the group's gates. Then the leaves that no unit reaches, such as the bias of an output whose kernel
-    lost columns, are trained alone: what those columns gave is theirs to give now.
+    of the group's gates; the smaller the budget, the more may leave. Then the leaves that no unit reaches,
+    such as the bias of an output whose kernel lost columns, are trained alone: what those columns gave is
+    theirs to give now.
 
     Args:
       problem: what a search is asked.
       variables: the dense model's.
-      limit: the cost that has to stay within reach; where it would not, nothing is trimmed.
-      share: of a group's Fisher information that may leave, in [0, 1).
+      limits: the costs aimed at; where the lowest would not stay within reach, nothing is trimmed.
+      share: of a group's Fisher information that may leave for a model as large as the dense one; for a
+        tenth of its cost, ten times that. The highest limit counts.
       steps: batches from which the information is estimated.
       calibration: training steps of the leaves that no unit reaches.
       learning_rate: of those (Adam, cosine to zero).
@@ -57,16 +60,17 @@ def trim(
     if not at_boundary.any():
         return problem, variables
     information = gate_information(problem, variables, steps)
+    share = min(share * problem.cost.total / max(limits), 0.5)
     counts = np.clip(_needed(groups, np.asarray(information), share), groups.floors, groups.ceilings)
-    limits = Limits(
+    demands = Limits(
         least=np.where(at_boundary, counts, groups.floors),
         most=np.where(at_boundary, counts, groups.ceilings),
         step=groups.steps,
         may_empty=groups.may_empty,
     )
-    groups = replace(groups, limits=limits)
+    groups = replace(groups, limits=demands)
     cost = replace(problem.cost, least=groups.floors, most=groups.ceilings)
-    if cost.floor > limit:
+    if cost.floor > min(limits):
         return problem, variables
     ranked = at_boundary[groups.group_of_unit]
 

@@ -132,7 +132,7 @@ def compress(
         "fine_tune": [fine_tune, learning_rate],
     }
     folder = None if directory is None else Path(directory)
-    problem, start = trim(problem, variables, limit)
+    problem, start = trim(problem, variables, [limit])
     found = method.build(problem)
     state, search_history = run_steps(
         found.step,

@@ -124,7 +124,7 @@ def sweep(
     check_request(problem, variables, held_out, allow_failing=allow_failing)
     criteria = problem.criteria
     job = describe_request(problem, variables, method)
-    problem, start = trim(problem, variables, min(limits))
+    problem, start = trim(problem, variables, limits)
     found = method.build(problem)
     lanes = [(budget, limit, s) for budget, limit in zip(budgets, limits, strict=True) for s in range(seeds)]
     total = found.steps + fine_tune

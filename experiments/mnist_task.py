@@ -112,7 +112,7 @@ class Task:
         cost = parameter_cost(groups)
         limit = ca.params(budget).limit(groups)
         start = time.perf_counter()
-        problem, dense = trim(Problem(self.model.apply, loss, self.batches, groups, cost), dense, limit)
+        problem, dense = trim(Problem(self.model.apply, loss, self.batches, groups, cost), dense, [limit])
         found = method.build(problem)
         state, _ = run_steps(
             found.step,

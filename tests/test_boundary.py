@@ -1,0 +1,102 @@
+"""What is read of inputs and written of outputs: what the application does not need goes first."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import compaware_jax as ca
+from compaware_jax.boundary import trim
+from compaware_jax.coefficients import Problem
+from compaware_jax.cost import parameter_cost
+from tests import tasks
+
+LIVE, DEAD = 8, 6
+
+
+def batches(step):
+    """Points, with features that are always the same: the model learns to write them."""
+    x = tasks.batches(step)
+    return jnp.concatenate([x, jnp.full((len(x), DEAD), 0.2)], -1)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    sizes = (LIVE + DEAD, 16, 4, 16, LIVE + DEAD)
+    keys = jax.random.split(jax.random.key(0), 4)
+    start = {
+        f"layer{i + 1}": {"w": jax.random.normal(keys[i], (a, b)) / jnp.sqrt(a), "b": jnp.zeros(b)}
+        for i, (a, b) in enumerate(itertools.pairwise(sizes))
+    }
+
+    def apply(variables, x):
+        for name in sorted(variables):
+            x = x @ variables[name]["w"] + variables[name]["b"]
+            x = x if name == "layer4" else jnp.tanh(x)
+        return x
+
+    variables, _ = ca.fit(apply, start, tasks.loss, batches, 600, learning_rate=1e-2, progress=False)
+    groups = ca.find_groups(apply, variables, batches(0), boundary=True)
+    return Problem(apply, tasks.loss, batches, groups, parameter_cost(groups)), variables
+
+
+def test_what_the_loss_does_not_notice_leaves_first(problem):
+    problem, variables = problem
+    groups = problem.groups
+    assert [g.units for g in groups.groups if g.boundary] == [LIVE + DEAD, LIVE + DEAD]
+    assert "boundary" in str(groups)
+    trimmed, start = trim(problem, variables, [problem.cost.total], share=0.002)
+    reads, *_, writes = trimmed.groups.groups
+    floors, ceilings = trimmed.groups.floors, trimmed.groups.ceilings
+    np.testing.assert_array_equal(floors[[0, -1]], ceilings[[0, -1]])
+    assert floors[-1] == LIVE
+    np.testing.assert_array_equal(floors[1:-1], groups.floors[1:-1])
+    # The score ranks what stays first, whatever the weights are.
+    larger = jax.tree.map(lambda x: 100 * x, start)
+    scores = np.asarray(trimmed.score(trimmed.groups, larger))
+    best = np.argsort(-scores[writes.slice])[: floors[-1]]
+    assert (best < LIVE).all()
+    # Without the columns of the constants, the bias gives them.
+    keep = np.ones(groups.units, bool)
+    keep[writes.slice] = np.isin(np.arange(writes.units), best)
+    cut, all_of_it = keep.astype(float), np.ones(groups.units)
+    whole, before, after = (
+        float(tasks.loss(problem.apply, ca.apply_mask(groups, gates, v), batches(1000)))
+        for gates, v in ((all_of_it, variables), (cut, variables), (cut, start))
+    )
+    assert after - whole < 0.3 * (before - whole)
+    assert reads.axes == (("layer1/w", 0, 1),)
+
+
+def test_everything_else_is_left_as_it_is(problem):
+    problem, variables = problem
+    _, start = trim(problem, variables, [problem.cost.total], share=0.002)
+    for path, (new, old) in zip(
+        (leaf.path for leaf in problem.groups.leaves),
+        zip(jax.tree.leaves(start), jax.tree.leaves(variables), strict=True),
+        strict=True,
+    ):
+        assert np.array_equal(new, old) == (path != "layer4/b"), path
+    channels = ca.find_groups(problem.apply, variables, batches(0))
+    same = Problem(problem.apply, tasks.loss, batches, channels, parameter_cost(channels))
+    assert trim(same, variables, [100]) == (same, variables)
+
+
+def test_a_budget_below_what_stays_is_left_to_the_search(problem):
+    problem, variables = problem
+    assert trim(problem, variables, [problem.cost.floor])[0] is problem
+
+
+def test_compress_and_sweep_trim(problem):
+    problem, variables = problem
+    settings = {"groups": problem.groups, "search": tasks.SEARCH, "fine_tune": 100, "progress": False}
+    result = ca.compress(problem.apply, variables, tasks.loss, batches, budget=ca.params(0.4), **settings)
+    kept = result.plan.kept[-1][1]  # The columns of the last kernel.
+    assert kept is not None
+    assert max(kept) < LIVE
+    assert result.costs["parameters"][1] <= 0.4 * result.costs["parameters"][0]
+    assert result.apply(result.variables, batches(0)).shape == batches(0).shape
+    (point,) = ca.sweep(problem.apply, variables, tasks.loss, batches, budgets=[ca.params(0.4)], **settings)
+    assert point.plan.kept[-1] == result.plan.kept[-1]
