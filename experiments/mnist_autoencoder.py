@@ -87,7 +87,7 @@ class Config:
     dense_learning_rate: float | None = None
     search: ca.GradientSearch = field(default_factory=ca.GradientSearch)
     fine_tune: int | None = None
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     batch: int = 128
     seed: int = 0
     name: str | None = None
@@ -102,14 +102,15 @@ class Schedule:
     dense_steps: int
     dense_learning_rate: float
     fine_tune: int
+    learning_rate: float
 
 
 # Dense models train to convergence on held-out digits; more steps on the embedded ones overfit.
 SCHEDULES = {
-    ("dense", "tfds"): Schedule(0.1, 6_000, 1e-3, 10_000),
-    ("dense", "embedded"): Schedule(0.1, 3_000, 1e-3, 5_000),
-    ("conv", "tfds"): Schedule(0.3, 6_000, 2e-3, 10_000),
-    ("conv", "embedded"): Schedule(0.3, 2_000, 2e-3, 2_000),
+    ("dense", "tfds"): Schedule(0.1, 6_000, 1e-3, 10_000, 4e-3),
+    ("dense", "embedded"): Schedule(0.1, 3_000, 1e-3, 5_000, 2e-3),
+    ("conv", "tfds"): Schedule(0.3, 6_000, 2e-3, 10_000, 2e-3),
+    ("conv", "embedded"): Schedule(0.3, 2_000, 2e-3, 2_000, 2e-3),
 }
 
 
@@ -149,7 +150,7 @@ def main(config: Config) -> None:
         held_out=task.held_out,
         search=config.search,
         fine_tune=schedule.fine_tune,
-        learning_rate=config.learning_rate,
+        learning_rate=schedule.learning_rate,
         key=task.search_key,
         directory=checkpoints / "compress",
     )
@@ -162,7 +163,7 @@ def main(config: Config) -> None:
         small = ca.slim(task.model.apply, plan)
         where = checkpoints / label.replace(" ", "-").replace(",", "")
         trained = task.fit(
-            label, small, ca.shrink(start, plan), schedule.fine_tune, config.learning_rate, where
+            label, small, ca.shrink(start, plan), schedule.fine_tune, schedule.learning_rate, where
         )
         models[label] = (small, trained, plan)
 

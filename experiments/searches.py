@@ -35,8 +35,8 @@ class Config:
       budgets: shares of the parameters that may stay.
       gradient: settings of the gradient search.
       grid: settings of the grid search.
-      learning_rate: of the fine-tune.
-      fine_tune: its steps; default those of the main experiment.
+      learning_rate: of the fine-tune; default that of the main experiment.
+      fine_tune: its steps, likewise.
       batch: batch size.
       seed: of everything random.
       out: where results are kept.
@@ -47,7 +47,7 @@ class Config:
     budgets: tuple[float, ...] = (0.1,)
     gradient: ca.GradientSearch = field(default_factory=ca.GradientSearch)
     grid: ca.GridSearch = field(default_factory=ca.GridSearch)
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     fine_tune: int | None = None
     batch: int = 128
     seed: int = 0
@@ -73,7 +73,7 @@ def main(config: Config) -> None:
                 loss,
                 task.batches,
                 config.fine_tune or schedule.fine_tune,
-                learning_rate=config.learning_rate,
+                learning_rate=config.learning_rate or schedule.learning_rate,
                 progress=False,
             )
             psnr = float(jax.jit(lambda v, f=small: psnr_of(f, v, task.held_out))(tuned))

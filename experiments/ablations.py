@@ -1,0 +1,110 @@
+"""What each idea of the method gives: the whole of it, and each time without one.
+
+Claim: component awareness, criterion sensitivity, joint weights and soft coefficients each raise the PSNR.
+
+    python experiments/ablations.py --data tfds
+
+* without component awareness: one coefficient for all groups, so every group keeps the same share;
+* without criterion sensitivity: each group keeps what the weights' norms say (all units ranked together by
+  the L2 norm over their group's mean), and so do the pixels;
+* without joint weights: the weights stand still while coefficients are found;
+* hard from the start: no soft edge and no sampled allocations;
+* without the boundary: only channels leave, every pixel is read and written.
+
+Everything else is the same: dense weights, steps of the search, exact rounding, fine-tune. Finished cells are
+kept beside those of `compare.py`, whose settings these are. It writes `ablations.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import tyro
+from compare import Comparison, Config, Seed, cell
+
+import compaware_jax as ca
+from compaware_jax.cost import parameter_cost
+from compaware_jax.importance import l2, within_groups
+from compaware_jax.tables import markdown_table
+
+Found = tuple[ca.Plan, Any]
+
+
+def searched(seed: Seed, budget: float, groups: ca.Groups | None = None, **changes: Any) -> Found:
+    """The method's search with some of its settings changed."""
+    method = replace(seed.config.search, **changes)
+    groups = seed.all_groups if groups is None else groups
+    plan, weights, _ = seed.task.search(method, seed.dense, groups, budget, seed.task.search_key)
+    return plan, weights
+
+
+def by_norms(seed: Seed, budget: float) -> Found:
+    """Counts by the weights' norms from the start, at the boundary too; the weights train along."""
+    groups = seed.all_groups
+    scores = np.asarray(within_groups(groups, l2(groups, seed.dense)))
+    cost, order = parameter_cost(groups), np.argsort(-scores)
+    limit = ca.params(budget).limit(groups)
+
+    def counts(kept: int) -> np.ndarray:
+        found = np.bincount(groups.group_of_unit[order[:kept]], minlength=len(groups.groups))
+        return np.maximum(found, groups.floors)
+
+    low, high = 0, groups.units
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost.exact(counts(middle)) <= limit else (low, middle)
+    # Nothing is trimmed by what the loss says: to the search, pixels are groups like any others.
+    groups = replace(groups, groups=tuple(replace(g, boundary=False) for g in groups.groups))
+    fixed = {g.name: int(n) for g, n in zip(groups.groups, counts(low), strict=True)}
+    return searched(seed, budget, ca.constrain(groups, floor=fixed, ceiling=fixed))
+
+
+def channels_only(seed: Seed, budget: float) -> Found:
+    """The method on the groups that rivals know of."""
+    return searched(seed, budget, seed.groups)
+
+
+VARIANTS: dict[str, Callable[[Seed, float], Found]] = {
+    "the whole method": searched,
+    "without component awareness": partial(searched, travel=0.0),
+    "without criterion sensitivity": by_norms,
+    "without joint weights": partial(searched, learning_rate=0.0),
+    "hard from the start": partial(searched, noise=0.0, edge=0.0),
+    "without the boundary": channels_only,
+}
+
+
+def tuned(seed: Seed, variant: str, budget: float) -> dict[float, float]:
+    """Held-out PSNR by learning rate after the fine-tune."""
+    return seed.tuned(*VARIANTS[variant](seed, budget))
+
+
+def main(config: Config) -> None:
+    """Run all variants and print the table."""
+    comparison = Comparison(config)
+    found = {
+        (variant, b): [
+            comparison.do({("ablation", variant, b, s.seed): partial(tuned, s, variant, b)})
+            for s in comparison.seeds
+        ]
+        for b in config.budgets
+        for variant in VARIANTS
+    }
+    if config.worker is not None:
+        return
+    best = {
+        key: [max(psnr.values()) for by_rate in cells for psnr in by_rate.values()]
+        for key, cells in found.items()
+    }
+    rows = [[variant, *(cell(best[variant, b]) for b in config.budgets)] for variant in VARIANTS]
+    table = markdown_table(["PSNR (dB)", *(f"{100 * b:g} %" for b in config.budgets)], rows)
+    (comparison.folder / "ablations.md").write_text(table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__, default=Config(budgets=(0.1, 0.03))))
