@@ -26,6 +26,7 @@ import numpy as np
 import tyro
 from mnist_figures import digits_figure, latent_figure
 from mnist_task import (
+    METRICS,
     Data,
     Preset,
     Task,
@@ -64,8 +65,10 @@ class Config:
       model: preset of the autoencoder.
       budget: share of the parameters that may stay; by default a tenth, 0.3 for the conv preset.
       psnr_drop: dB of PSNR that may be lost.
+      worst_drop: dB of PSNR that the worst digit may lose.
       ssim_drop: SSIM that may be lost.
       knn_drop: latent k-NN accuracy that may be lost.
+      linear_drop: accuracy of a linear classifier of the latent that may be lost.
       dense_steps: steps of the dense training.
       dense_learning_rate: its learning rate (Adam, cosine to zero).
       search: settings of the search.
@@ -81,8 +84,10 @@ class Config:
     model: Preset = "dense"
     budget: float | None = None
     psnr_drop: float = 0.3
+    worst_drop: float = 0.5
     ssim_drop: float = 0.02
     knn_drop: float = 0.03
+    linear_drop: float = 0.03
     dense_steps: int | None = None
     dense_learning_rate: float | None = None
     search: ca.GradientSearch = field(default_factory=ca.GradientSearch)
@@ -134,8 +139,8 @@ def main(config: Config) -> None:
 
     dense = task.dense(schedule.dense_steps, schedule.dense_learning_rate, checkpoints / "dense")
     dense_metrics = metrics_of(task.model.apply, dense, task.held_out)
-    drops = {"psnr": config.psnr_drop, "ssim": config.ssim_drop, "knn": config.knn_drop}
-    criteria = criteria_below(dense_metrics, drops)
+    drops = (config.psnr_drop, config.worst_drop, config.ssim_drop, config.knn_drop, config.linear_drop)
+    criteria = criteria_below(dense_metrics, dict(zip(METRICS, drops, strict=True)))
     groups, channels = task.groups(dense), task.groups(dense, boundary=False)
     print(groups, "\n")
 

@@ -86,7 +86,7 @@ def main(config: Config) -> None:
         groups=groups,
         budgets=[ca.params(b) for b in config.budgets],
         seeds=config.seeds,
-        criteria=criteria_below(dense_metrics, {"psnr": 1.0, "ssim": 0.05, "knn": 0.05}),
+        criteria=criteria_below(dense_metrics, {"PSNR (dB)": 1.0, "SSIM": 0.05, "k-NN": 0.05}),
         held_out=task.held_out,
         search=config.search,
         fine_tune=config.fine_tune,

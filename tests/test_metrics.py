@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from sklearn.linear_model import RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from compaware_jax import metrics
-from compaware_jax.metrics import knn_accuracy, probe_accuracy, psnr, ssim
+from compaware_jax.metrics import knn_accuracy, linear_accuracy, probe_accuracy, psnr, ssim, worst_class_psnr
 
 
 def pictures(channels: int = 1, count: int = 4) -> tuple[jax.Array, jax.Array]:
@@ -174,3 +177,28 @@ def test_probe_reads_linear_structure_only():
 def test_probe_takes_device_arrays():
     latent, labels = map(jnp.asarray, clusters(60, classes=2, spread=0.2))
     assert probe_accuracy(latent, labels, latent, labels) == 1.0
+
+
+def test_worst_class_psnr_is_that_of_the_worst_class():
+    noisy, clean = pictures()
+    labels = jnp.array([0, 3, 3, 0])
+    each = [float(psnr(noisy[labels == c], clean[labels == c])) for c in (0, 3)]
+    got = jax.jit(worst_class_psnr, static_argnums=3)(noisy, clean, labels, 5)
+    np.testing.assert_allclose(got, min(each), rtol=1e-5)
+    slope = jax.grad(worst_class_psnr)(noisy, clean, labels, 5)
+    touched = np.abs(np.asarray(slope)).reshape(4, -1).sum(1) > 0
+    np.testing.assert_array_equal(touched, labels == (0, 3)[int(np.argmin(each))])
+    with pytest.raises(ValueError, match="worst_class_psnr: got labels of shape"):
+        worst_class_psnr(noisy, clean, labels[:3], 5)
+
+
+def test_linear_accuracy_is_that_of_scikit_learn():
+    latent, labels = clusters(400, spread=2.0)
+    labels = np.unique(labels, return_inverse=True)[1].astype(np.int32)
+    model = make_pipeline(StandardScaler(), RidgeClassifier(200 * 1e-3)).fit(latent[::2], labels[::2])
+    expected = model.score(latent[1::2], labels[1::2])
+    got = float(jax.jit(linear_accuracy, static_argnums=2)(latent, labels, 5))
+    assert 0.3 < expected < 0.95
+    assert got == pytest.approx(expected, abs=0.011)
+    with pytest.raises(ValueError, match="linear_accuracy: got labels of shape"):
+        linear_accuracy(latent, labels[:3], 5)
