@@ -5,7 +5,7 @@ a rival reaches.
 
     python experiments/smallest_model.py --data tfds --torch-python peers/bin/python
 
-Budgets form a geometric grid, 3 % apart; each method's smallest budget that works is found on it by bisection.
+Budgets form a geometric grid, 3 % apart; the smallest that works for a method is found by bisection.
 Every attempt is a whole pruning with the same fine-tune, at the best of the learning rates, as in
 `compare.py`, whose settings these are; finished attempts are kept beside its cells. It writes `smallest.md`.
 """
