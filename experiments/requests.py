@@ -1,0 +1,119 @@
+"""Random requests, a budget and a criterion each: what a rival proves feasible is kept, and nothing is faked.
+
+Claim: every request that some rival's model meets is met by ours; every other one that ours does not meet is
+said not to be met.
+
+    python experiments/requests.py --data tfds --torch-python peers/bin/python
+
+A request draws a budget (log-uniform) and a metric, and a threshold below the dense model's value. Rivals
+are Torch-Pruning's importances on the same dense weights, with the same fine-tune at the same learning rate.
+Settings are those of `compare.py`; finished requests are kept beside its cells. It writes `requests.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tyro
+from compare import Comparison, Config, Seed
+from mnist_task import METRICS, criteria_below, loss, metrics_of
+
+import compaware_jax as ca
+from compaware_jax.tables import markdown_table
+
+# How far below the dense model's value a threshold may lie: about half of all requests can be met.
+DROPS = {"PSNR (dB)": 4.0, "worst digit (dB)": 4.0, "SSIM": 0.15, "k-NN": 0.03, "linear": 0.05}
+
+
+@dataclass(frozen=True)
+class Args(Config):
+    """Settings.
+
+    Attributes:
+      number: of requests.
+      rivals: of Torch-Pruning, by their names in `peers/torch_prune.py`.
+    """
+
+    number: int = 20
+    rivals: tuple[str, ...] = ("LAMP, global", "L2, uniform")
+
+
+def request(number: int) -> tuple[float, str, float]:
+    """Budget, metric, and how much of it may be lost."""
+    rng = np.random.default_rng(number)
+    metric = list(METRICS)[number % len(METRICS)]
+    budget = round(float(np.exp(rng.uniform(np.log(0.03), np.log(0.5)))), 4)
+    return budget, metric, float(rng.uniform(0.02, 1.0)) * DROPS[metric]
+
+
+def answer(seed: Seed, criterion: ca.Criterion, budget: float) -> dict[str, Any]:
+    """What `compress` says of a request."""
+    task, dense = seed.task, seed.dense
+    result = ca.compress(
+        task.model.apply,
+        dense,
+        loss,
+        task.batches,
+        groups=seed.all_groups,
+        budget=ca.params(budget),
+        criteria=[criterion],
+        held_out=task.held_out,
+        search=seed.config.search,
+        fine_tune=seed.steps,
+        learning_rate=seed.schedule.learning_rate,
+        key=task.search_key,
+        progress=False,
+    )
+    measured = metrics_of(result.apply, result.variables, task.held_out)[criterion.name]
+    return {"said": result.kept, "measured": measured}
+
+
+def proofs(seed: Seed, rivals: Sequence[str], metric: str, budget: float) -> dict[str, float]:
+    """The metric of every rival's model at the budget."""
+    task, found = seed.task, {}
+    for rival, by_budget in seed.rivals(seed.dense, [budget]).items():
+        if rival in rivals and budget in by_budget:
+            plan = ca.plan_units(seed.groups, by_budget[budget])
+            small = ca.slim(task.model.apply, plan)
+            start, rate = ca.shrink(seed.dense, plan), seed.schedule.learning_rate
+            tuned = task.fit(rival, small, start, seed.steps, rate, None)
+            found[rival] = metrics_of(small, tuned, task.held_out)[metric]
+    return found
+
+
+def main(args: Args) -> None:
+    """Answer all requests and print the table."""
+    comparison = Comparison(args)
+    seed = comparison.seeds[0]
+    dense = metrics_of(seed.task.model.apply, seed.dense, seed.task.held_out)
+    rows, broken = [], 0
+    for number in range(args.number):
+        budget, metric, drop = request(number)
+        (criterion,) = criteria_below(dense, {metric: drop})
+        key = ("request", number, seed.seed)
+        ours = comparison.do({key: lambda c=criterion, b=budget: answer(seed, c, b)})[key]
+        theirs: dict[str, float] = {}
+        if args.torch_python:
+            key = ("request, rivals", number, seed.seed)
+            work = {key: lambda m=metric, b=budget: proofs(seed, args.rivals, m, b)}
+            theirs = comparison.do(work)[key]
+        feasible = any(criterion.keeps(value) for value in theirs.values())
+        honest = ours["said"] == criterion.keeps(ours["measured"])
+        fine = honest and (ours["said"] or not feasible)
+        broken += not fine
+        best = f"{max(theirs.values()):.4g}" if theirs else "–"
+        said = "kept" if ours["said"] else "not kept"
+        verdict = "" if fine else "BROKEN"
+        rows.append((f"{budget:.1%}", str(criterion), f"{ours['measured']:.4g}", said, best, verdict))
+        print(rows[-1], flush=True)
+    header = ["budget", "criterion", "ours", "said", "best rival", ""]
+    table = f"{markdown_table(header, rows)}\n\n{broken} of {args.number} requests broken."
+    (comparison.folder / "requests.md").write_text(table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
