@@ -93,11 +93,13 @@ class LooseEnd:
       operand: its position.
       axis: of the operand.
       where: boolean array over the axis.
+      reason: why the index itself stays.
     """
 
     operand: int
     axis: int
     where: np.ndarray
+    reason: str
 
     def seen(self, ledger: Ledger, x: Tracked) -> Tracked:
         """The operand as the equation sees it: at the loose indices it has atoms that stay."""
@@ -106,7 +108,7 @@ class LooseEnd:
             if factor.axes == (self.axis,):
                 ledger.loosened.append(factor.ids[self.where])
                 ids = factor.ids.copy()
-                ids[self.where] = ledger.fresh_fixed(int(self.where.sum()), reason="boundary")
+                ids[self.where] = ledger.fresh_fixed(int(self.where.sum()), reason=self.reason)
                 factor = replace(factor, ids=ids)
             factors.append(factor)
         return replace(x, factors=tuple(factors))

@@ -92,6 +92,12 @@ class Analysis:
                 result = np.where(result < 0, labels, result)
         return result
 
+    def reason(self, value: int, axis: int) -> str:
+        """Why the first index of an axis that never leaves does not."""
+        factor = next(f for f in self.factors[value] if axis in f.axes)
+        fixed = (self.solution.fixed.get(label) for label in self.solution.labels[factor.ids].ravel())
+        return next((reason for reason in fixed if reason), "")
+
     def zero(self, value: int) -> tuple[bool, ...]:
         """Per axis of a value whether dead positions are zero in the masked network."""
         result = [True] * len(self.program.avals[value].shape)
@@ -172,7 +178,9 @@ def _loose_ends(analysis: Analysis) -> dict[Equation, list[LooseEnd]]:
             # A weight that is gone contributes nothing only where it is zero in the masked network.
             gone_is_zero = value in of_weights and analysis.zero(value)[axis]
             if gone_is_zero and labels is not None and (labels < 0).any():
-                ends.setdefault(eqn, []).append(LooseEnd(operand, axis, labels < 0))
+                ends.setdefault(eqn, []).append(
+                    LooseEnd(operand, axis, labels < 0, analysis.reason(value, axis))
+                )
         if of_weights.issuperset(eqn.inputs):
             of_weights.update(eqn.outputs)
     return ends

@@ -192,7 +192,7 @@ def test_boundary_frees_what_is_read_of_inputs_and_written_to_outputs():
         ((("in", 1, 1), ("out", 0, 1)), 5),
         ((("out", 1, 1),), 6),
     ]
-    assert [(f.path, f.axis) for f in groups.fixed] == [("bias", 0)]
+    assert [(f.path, f.axis, f.reason) for f in groups.fixed] == [("bias", 0, "data input `x/seen`")]
     keep = np.array([1, 0, 0, 1, 0, 1, *[1, 1, 0, 1, 0], *[0, 1, 1, 0, 0, 1]], bool)
     plan = ca.Plan.from_json(ca.plan_units(groups, keep).to_json())  # It knows how it cuts.
     small = ca.shrink(variables, plan)

@@ -100,9 +100,14 @@ def feature_counts(
     Raises:
       TraceError: see `functional`.
       PlanError: the plan belongs to another model, or no arguments express it: groups of a convolution
-        that keep different numbers of channels, heads whose queries and values do.
+        that keep different numbers of channels, heads whose queries and values do, cuts at the boundary.
     """
     variables = _checked(module, variables, "feature_counts")
+    if plan.cuts.boundary:
+        raise PlanError(
+            "feature_counts: the plan lets kernels read less of an input or write less of an output, which "
+            "no widths express. Find the groups without boundary=True, or use `slim`, which runs any plan."
+        )
     layers: dict[str, nn.Module] = {}
 
     def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:

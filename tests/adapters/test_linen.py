@@ -193,3 +193,14 @@ def test_models_of_the_wrong_type():
         adapter.functional(nn.Dense, variables)
     with pytest.raises(TraceError, match=r"variables have \['kernel', 'bias'\].*Pass what module\.init"):
         adapter.functional(dense, variables["params"])
+
+
+def test_counts_of_a_cut_boundary_are_refused():
+    module = nn.Sequential([nn.Dense(6), nn.relu, nn.Dense(2)])
+    x = jnp.ones((3, 4))
+    apply, variables = adapter.functional(module, module.init(jax.random.key(0), x))
+    groups = ca.find_groups(apply, variables, x, boundary=True)
+    keep = np.ones(groups.units, bool)
+    keep[groups.groups[0].slice] = [True, False, True, True]  # One input is not read.
+    with pytest.raises(PlanError, match="read less of an input"):
+        adapter.feature_counts(module, variables, ca.plan_units(groups, keep), x)
