@@ -30,7 +30,7 @@ def unit_sum(groups: Groups, tree: Any, of: Callable[[Any], Any] = lambda x: x) 
     return floats(sums_over_units(groups, tree, of))
 
 
-def floats(values: Any) -> Float[Array, "..."]:
+def floats(values: Any) -> jax.Array:
     """As a JAX array of the default float type."""
     if isinstance(values, np.ndarray):
         # `jnp.asarray` would compile a program for it.
