@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -324,13 +325,24 @@ def keeps_derivatives_zero(
     return memo[key]
 
 
+def _place(eqn: Equation) -> str | None:
+    """Where JAX itself defines the function of a call together with its rule, if it does."""
+    body = eqn.params["call_jaxpr"].jaxpr
+    place = getattr(getattr(body, "debug_info", None), "func_src_info", None) or ""
+    name, _, file = place.partition(f" at {os.path.dirname(jax.__file__)}{os.sep}")
+    module = sys.modules.get("jax." + file.partition(".py")[0].replace(os.sep, "."))
+    # A function of JAX's under a user's own rule shows the same place: it is plain in its module, or a call
+    # inside this one.
+    own = isinstance(getattr(module, name, None), jax.custom_jvp)
+    return place if own and not any(inner.bodies for inner in eqn.bodies[0].equations) else None
+
+
 def _identity(eqn: Equation) -> tuple[Any, ...]:
     """What a call shares with others of the same function and shapes."""
-    body = eqn.params["call_jaxpr"]
-    place = getattr(getattr(body.jaxpr, "debug_info", None), "func_src_info", None) or ""
-    if f" at {os.path.dirname(jax.__file__)}{os.sep}" in place:
-        # JAX defines its activations once, at the top of a module: the place says which rule it is.
-        return place, str(body)
+    place = _place(eqn)
+    if place is not None:
+        # Defined once, at the top of a module: the place says which rule it is.
+        return place, str(eqn.params["call_jaxpr"])
     # The equation itself is part of the key, so that its id is not given to another one.
     return id(eqn.source), eqn.source
 
