@@ -267,7 +267,7 @@ class _Propagation:
             outputs = self.block(eqn.bodies[0], inputs)
             return (
                 outputs
-                if self.nested or keeps_derivatives_zero(eqn, inputs, self.derivatives, self.ledger.cuts)
+                if self.nested or self.keeps_derivatives_zero(eqn, inputs)
                 else [_doubtful(x) for x in outputs]
             )
         if not any(x.factors for x in inputs):
@@ -285,6 +285,35 @@ class _Propagation:
                 self.ledger.fix(factor.ids, reason)
         return [_data(self.ledger, shape, reason) for shape in eqn.out_shapes]
 
+    def keeps_derivatives_zero(self, eqn: Equation, inputs: Sequence[Tracked]) -> bool:
+        """Whether dead positions of a custom call have zero tangents, by its own derivative rule.
+
+        A zero flag promises a zero value and a zero derivative: a later sum over the cut axis relies on
+        both. The same call under the same pattern of atoms is answered once.
+        """
+        if eqn.primitive is not p.custom_jvp_call_p:
+            return False
+        memo, flags = self.derivatives, _flags(eqn, inputs, self.constants)
+        if flags in memo:
+            return memo[flags]
+        everything = [f.ids.ravel() for x in inputs for f in x.factors]
+        names = np.unique(np.concatenate(everything)) if everything else np.zeros(0, int)
+        local = [
+            Tracked(
+                x.shape,
+                tuple(Factor(f.axes, np.searchsorted(names, f.ids), f.zero) for f in x.factors),
+                x.uniform,
+            )
+            for x in inputs
+        ]
+        pattern = tuple((x.uniform, *((f.axes, f.zero, f.ids.tobytes()) for f in x.factors)) for x in local)
+        key = (*_identity(eqn), pattern)
+        if key not in memo:
+            memo[key], by_flags = _derivative_is_zero(eqn, local, len(names), self.ledger.cuts)
+            if flags is not None and by_flags:
+                memo[flags] = memo[key]
+        return memo[key]
+
     def close(self, program: Program) -> Analysis:
         factors = {value: x.factors for value, x in self.values.items()}
         joint = [f for fs in factors.values() for f in fs if len(f.axes) > 1]
@@ -296,33 +325,6 @@ class _Propagation:
             choices=frozenset(self.ledger.met),
             cuts=self.ledger.cuts,
         )
-
-
-def keeps_derivatives_zero(
-    eqn: Equation, inputs: Sequence[Tracked], memo: dict[Any, bool], cuts: JointCuts
-) -> bool:
-    """Whether dead positions of a custom call have zero tangents, by its own derivative rule.
-
-    A zero flag promises a zero value and a zero derivative: a later sum over the cut axis relies on both.
-    The same call under the same pattern of atoms is answered from `memo`.
-    """
-    if eqn.primitive is not p.custom_jvp_call_p:
-        return False
-    everything = [f.ids.ravel() for x in inputs for f in x.factors]
-    names = np.unique(np.concatenate(everything)) if everything else np.zeros(0, int)
-    local = [
-        Tracked(
-            x.shape,
-            tuple(Factor(f.axes, np.searchsorted(names, f.ids), f.zero) for f in x.factors),
-            x.uniform,
-        )
-        for x in inputs
-    ]
-    pattern = tuple((x.uniform, *((f.axes, f.zero, f.ids.tobytes()) for f in x.factors)) for x in local)
-    key = (*_identity(eqn), pattern)
-    if key not in memo:
-        memo[key] = _derivative_is_zero(eqn, local, len(names), cuts)
-    return memo[key]
 
 
 def _place(eqn: Equation) -> str | None:
@@ -347,14 +349,47 @@ def _identity(eqn: Equation) -> tuple[Any, ...]:
     return id(eqn.source), eqn.source
 
 
-def _derivative_is_zero(eqn: Equation, inputs: Sequence[Tracked], atoms: int, cuts: JointCuts) -> bool:
+def _flags(eqn: Equation, inputs: Sequence[Tracked], constants: Mapping[int, Any]) -> tuple[Any, ...] | None:
+    """What a call of an element-wise function of JAX shares with others under the same flags, of any sizes.
+
+    JAX's rules for element-wise functions do not ask for sizes. Where the rule is element-wise, too, which
+    atoms stand where makes no difference, as long as no factor spans two axes: none is ever collapsed.
+    """
+    place, body = _place(eqn), eqn.bodies[0]
+    if place is None or not _is_elementwise(body) or any(len(f.axes) > 1 for x in inputs for f in x.factors):
+        return None
+    steps = body.equations
+    inside = [value for step in steps for value in (*step.inputs, *step.outputs)]
+    name = {value: n for n, value in enumerate(dict.fromkeys((*body.inputs, *inside, *body.outputs)))}
+    numbers = tuple((n, _number(constants[value])) for value, n in name.items() if value in constants)
+    if any(number is None for _, number in numbers):
+        return None
+    text = tuple((step.primitive, str(step.params), *map(name.get, step.inputs)) for step in steps)
+    pattern = tuple((len(x.shape), x.uniform, *((f.axes, f.zero) for f in x.factors)) for x in inputs)
+    return place, eqn.in_dtypes, numbers, text, tuple(map(name.get, body.outputs)), pattern
+
+
+def _is_elementwise(block: Block) -> bool:
+    """Whether all its equations are element-wise, or fill a shape with a scalar."""
+    return all(
+        (eqn.primitive in RULES and RULES[eqn.primitive].elementwise)
+        or (eqn.primitive is p.broadcast_in_dim_p and eqn.in_shapes[0] == ())
+        for eqn in block.equations
+    )
+
+
+def _derivative_is_zero(
+    eqn: Equation, inputs: Sequence[Tracked], atoms: int, cuts: JointCuts
+) -> tuple[bool, bool]:
+    """Whether dead positions have zero tangents, and whether that was told element by element."""
     closed = derivative_of(eqn)
     if closed is None:
-        return False
+        return False, False
     tangents = [Tracked(x.shape, x.factors) for x in inputs]
     program = flatten(closed, leaves=())
     analysis = analyse_seeded(program, [*inputs, *tangents], atoms, nested=True, cuts=cuts)
-    return all(f.zero for value in program.block.outputs for f in analysis.factors.get(value, ()))
+    zero = all(f.zero for value in program.block.outputs for f in analysis.factors.get(value, ()))
+    return zero, _is_elementwise(program.block)
 
 
 def derivative_of(eqn: Equation) -> jex.ClosedJaxpr | None:

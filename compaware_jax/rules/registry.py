@@ -56,11 +56,13 @@ class Rule:
       slim: ``(equation, operands, kept_outputs) -> arrays``, or None from it (or instead of it) to run
         the equation at full width.
       work: ``equation -> [(value id, axis), ...]``: their sizes multiply to the multiply-adds.
+      elementwise: whether its operands are tied index by index, and zero flags alone tell the outputs'.
     """
 
     couple: Couple
     slim: Slim | None = None
     work: Work | None = None
+    elementwise: bool = False
 
 
 RULES: dict[Primitive, Rule] = {}
