@@ -53,6 +53,7 @@ class Analysis:
     choices: frozenset[Choice] = frozenset()
     cuts: JointCuts = USUAL
     _labels: dict[int, tuple[np.ndarray | None, ...]] = field(default_factory=dict)
+    _along: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
 
     @cached_property
     def free(self) -> np.ndarray:
@@ -71,11 +72,11 @@ class Analysis:
         if value not in self._labels:
             result: list[np.ndarray | None] = [None] * len(self.program.avals[value].shape)
             for factor in self.factors.get(value, ()):
-                labels = self._open(factor.ids)
-                varying = [p for p in range(labels.ndim) if _varies(labels, p)]
-                position = varying[0] if varying else labels.ndim - 1
-                index = tuple(slice(None) if p == position else 0 for p in range(labels.ndim))
-                result[factor.axes[position]] = labels[index]
+                # Element-wise operations hand on the very array: many values share it.
+                if id(factor.ids) not in self._along:
+                    self._along[id(factor.ids)] = self._line(factor.ids)
+                position, labels = self._along[id(factor.ids)]
+                result[factor.axes[position]] = labels
             self._labels[value] = tuple(result)
         return self._labels[value]
 
@@ -103,9 +104,20 @@ class Analysis:
             result.append(index)
         return tuple(result)
 
-    def _open(self, ids: np.ndarray) -> np.ndarray:
-        labels = self.solution.labels[ids]
+    @cached_property
+    def _open(self) -> np.ndarray:
+        """Per atom its class, or -1 where it is fixed."""
+        labels = self.solution.labels
         return np.where(self.free[labels], labels, -1)
+
+    def _line(self, ids: np.ndarray) -> tuple[int, np.ndarray]:
+        """The position of the one axis of a factor that its classes depend on, and the classes along it."""
+        labels = self._open[ids]
+        if labels.ndim == 1:
+            return 0, labels
+        varying = [p for p in range(labels.ndim) if _varies(labels, p)]
+        position = varying[0] if varying else labels.ndim - 1
+        return position, labels[tuple(slice(None) if p == position else 0 for p in range(labels.ndim))]
 
 
 def _varies(labels: np.ndarray, position: int) -> bool:
