@@ -256,7 +256,11 @@ def _describe(
     spans = [(position, axis) for position in order for axis in range(len(units_of[position]))]
     units, number = _joined([units_of[position][axis] for position, axis in spans])
     number, group = number[units >= 0], np.repeat(np.arange(len(sizes)), sizes)[units[units >= 0]]
-    pairs, indices = np.unique(number * len(sizes) + group, return_counts=True)
+    # Neighbours mostly belong together: to sort runs is quicker than to sort indices.
+    pair = number * len(sizes) + group
+    start = np.flatnonzero(np.diff(pair, prepend=-1))
+    pairs, which = np.unique(pair[start], return_inverse=True)
+    indices = np.bincount(which, np.diff(start, append=len(pair))).astype(int)
     held: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for pair, count in zip(pairs.tolist(), indices.tolist(), strict=True):
         (position, axis), group = spans[pair // len(sizes)], pair % len(sizes)
