@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from compaware_jax.errors import BudgetError
 from compaware_jax.groups import Groups
-from compaware_jax.propagate import work_of
+from compaware_jax.work import work_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,8 +13,9 @@ from jax.extend.core import primitives as p
 from compaware_jax.errors import TraceError
 from compaware_jax.factors import Cuts
 from compaware_jax.groups import COLLECTIONS, FixedAxis, Group, Groups, Leaf, default_component, leaves_of
-from compaware_jax.propagate import Analysis, analyse, work_of
+from compaware_jax.propagate import Analysis, analyse
 from compaware_jax.trace import Program, trace
+from compaware_jax.work import work_of
 
 
 def find_groups(
@@ -130,15 +132,11 @@ def _collect(
         free[list(solution.inexact)] = False
 
     # Where classes appear: on leaf axes in order of first use, then on axes that count as work.
-    appearances: list[tuple[np.ndarray, tuple[int, int] | None]] = []
     leaf_values, never_read = program.leaf_values, set(unread)
-    for position in order:
-        value = leaf_values[position]
-        for axis, labels in enumerate(analysis.labels(value)):
-            if labels is not None:
-                appearances.append((labels, (position, axis)))
+    per_leaf = (analysis.labels(leaf_values[position]) for position in order)
+    appearances = [labels for axes in per_leaf for labels in axes if labels is not None]
     on_leaves = len(appearances)
-    appearances += [(labels, None) for labels in _work_labels(analysis)]
+    appearances += _work_labels(analysis)
 
     classes, first, signature = _signatures(appearances, on_leaves, free, solution.count)
     # Groups in the order in which their first units appear, units in the order of their indices.
@@ -214,31 +212,33 @@ def _work_labels(analysis: Analysis) -> list[np.ndarray]:
 
 
 def _signatures(
-    appearances: list[tuple[np.ndarray, Any]], on_leaves: int, free: np.ndarray, count: int
+    appearances: list[np.ndarray], on_leaves: int, free: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Free classes on leaves, where each first appears, and a hash of the axes that each spans.
 
     An index that only its own leaf knows of is not one of them: a row of a position table that this
     input is too short to read may be read by the next.
     """
-    seen = np.zeros(count, int)
-    first = np.full(count, np.iinfo(np.int64).max)
+    labels, number = _joined(appearances)
+    place = np.flatnonzero(labels >= 0)
+    labels, number = labels[place], number[place]
+    # A random word per axis, once for every index: a multiset hash, modulo 2^64.
+    words = np.random.default_rng(0).integers(1, 2**63, len(appearances), np.uint64) | np.uint64(1)
     signature = np.zeros(count, np.uint64)
-    mix = np.random.default_rng(0)
-    start = 0
-    for number, (labels, _) in enumerate(appearances):
-        here, at, times = np.unique(labels, return_index=True, return_counts=True)
-        keep = here >= 0
-        here, at, times = here[keep], at[keep], times[keep]
-        # A random word per axis, times the number of indices: a multiset hash, modulo 2^64.
-        word = mix.integers(1, 2**63, dtype=np.uint64) | np.uint64(1)
-        signature[here] += word * times.astype(np.uint64)
-        seen[here] += 1
-        if number < on_leaves:
-            first[here] = np.minimum(first[here], start + at)
-            start += len(labels)
-    on_leaf = first < np.iinfo(np.int64).max
-    return np.flatnonzero(free & on_leaf & (seen > 1)), first, signature
+    np.add.at(signature, labels, words[number])
+    never = np.iinfo(np.int64).max
+    first, first_axis, last_axis = np.full(count, never), np.full(count, never), np.full(count, -1)
+    on_leaf = number < on_leaves
+    np.minimum.at(first, labels[on_leaf], place[on_leaf])
+    np.minimum.at(first_axis, labels, number)
+    np.maximum.at(last_axis, labels, number)
+    return np.flatnonzero(free & (first < never) & (first_axis < last_axis)), first, signature
+
+
+def _joined(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays one after the other, and for each element the number of its array."""
+    number = np.repeat(np.arange(len(arrays)), np.array([len(array) for array in arrays], int))
+    return np.concatenate([np.zeros(0, int), *arrays]), number
 
 
 def _fixed_axis(analysis: Analysis, leaf: Leaf, axis: int, value: int, units: np.ndarray) -> FixedAxis:
@@ -262,22 +262,27 @@ def _describe(
 ) -> tuple[Group, ...]:
     axes: list[list[tuple[str, int, int]]] = [[] for _ in sizes]
     parameters = np.zeros(len(sizes), int)
-    group_of_unit = np.repeat(np.arange(len(sizes)), sizes)
-    for position in order:
-        leaf = leaves[position]
-        held: dict[int, list[tuple[int, int]]] = {}
-        for axis, units in enumerate(units_of[position]):
-            # Units of a group are interchangeable: each holds as many indices as the others.
-            here, indices = np.unique(group_of_unit[units[units >= 0]], return_counts=True)
-            for group, times in zip(here.tolist(), (indices // sizes[here]).tolist(), strict=True):
-                axes[group].append((leaf.path, axis, times))
-                held.setdefault(group, []).append((axis, times))
-        size = int(np.prod(leaf.shape))
-        for group, spans in held.items():
-            rest = size
-            for axis, times in spans:
-                rest = rest // leaf.shape[axis] * (leaf.shape[axis] - times)
-            parameters[group] += size - rest
+    spans = [(position, axis) for position in order for axis in range(len(units_of[position]))]
+    units, number = _joined([units_of[position][axis] for position, axis in spans])
+    number, group = number[units >= 0], np.repeat(np.arange(len(sizes)), sizes)[units[units >= 0]]
+    # Neighbours mostly belong together: to sort runs is quicker than to sort indices.
+    pair = number * len(sizes) + group
+    start = np.flatnonzero(np.diff(pair, prepend=-1))
+    pairs, which = np.unique(pair[start], return_inverse=True)
+    indices = np.bincount(which, np.diff(start, append=len(pair))).astype(int)
+    held: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for pair, count in zip(pairs.tolist(), indices.tolist(), strict=True):
+        (position, axis), group = spans[pair // len(sizes)], pair % len(sizes)
+        # Units of a group are interchangeable: each holds as many indices as the others.
+        times = count // int(sizes[group])
+        axes[group].append((leaves[position].path, axis, times))
+        held.setdefault((position, group), []).append((axis, times))
+    for (position, group), along in held.items():
+        shape = leaves[position].shape
+        size = rest = math.prod(shape)
+        for axis, times in along:
+            rest = rest // shape[axis] * (shape[axis] - times)
+        parameters[group] += size - rest
     names = _names([spans[0] for spans in axes])
     return tuple(
         Group(
@@ -317,15 +322,14 @@ def _guarded(
 ) -> tuple[np.ndarray, ...]:
     """Sets of units that make up the whole of some value's axis but no whole group."""
     sets: dict[bytes, np.ndarray] = {}
-    seen: set[bytes] = set()
-    for value in analysis.factors:
-        for labels in analysis.labels(value):
-            if labels is None or labels.tobytes() in seen:
-                continue
-            seen.add(labels.tobytes())
-            units = np.unique(unit_of_class[labels])
-            if len(units) and units[0] >= 0:
-                sets[units.tobytes()] = units
+    # Many values share the very array of labels.
+    arrays = {id(labels): labels for value in analysis.factors for labels in analysis.labels(value)}
+    distinct = {labels.tobytes(): labels for labels in arrays.values() if labels is not None}
+    for labels in distinct.values():
+        units = unit_of_class[labels]
+        if len(units) and units.min() >= 0:
+            units = np.unique(units)
+            sets[units.tobytes()] = units
     sizes = np.array([group.units for group in groups], int)
     group_of_unit = np.repeat(np.arange(len(sizes)), sizes)
 

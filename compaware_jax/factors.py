@@ -190,9 +190,11 @@ class Ledger:
 
     def equate(self, a: np.ndarray, b: np.ndarray) -> None:
         """Say that atoms leave together, position by position (arrays broadcast)."""
-        a, b = np.broadcast_arrays(a, b)
+        if a is b:
+            return
         differs = a != b
         if differs.any():
+            a, b = np.broadcast_arrays(a, b)
             self._edges.append((a[differs], b[differs]))
 
     def collapse(self, factor: Factor, axes: Sequence[int]) -> Factor:
@@ -261,7 +263,8 @@ def combine(
       has no factor on these axes.
     """
     pool = [[index, factor] for index, factors in enumerate(operands) for factor in factors]
-    changed = True
+    # Factors of one axis each overlap only where they are equal.
+    changed = any(len(factor.axes) > 1 for _, factor in pool)
     while changed:
         changed = False
         for left in pool:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import primitives as p
 
+from compaware_jax.derivatives import derivative_of, flags, identity, is_elementwise, number_of
 from compaware_jax.errors import UnknownPrimitiveError
 from compaware_jax.factors import (
     USUAL,
@@ -55,6 +54,7 @@ class Analysis:
     cuts: Cuts = USUAL
     boundary: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     _labels: dict[int, tuple[np.ndarray | None, ...]] = field(default_factory=dict)
+    _along: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
 
     @cached_property
     def free(self) -> np.ndarray:
@@ -73,11 +73,11 @@ class Analysis:
         if value not in self._labels:
             result: list[np.ndarray | None] = [None] * len(self.program.avals[value].shape)
             for factor in self.factors.get(value, ()):
-                labels = self._open(factor.ids)
-                varying = [p for p in range(labels.ndim) if _varies(labels, p)]
-                position = varying[0] if varying else labels.ndim - 1
-                index = tuple(slice(None) if p == position else 0 for p in range(labels.ndim))
-                result[factor.axes[position]] = labels[index]
+                # Element-wise operations hand on the very array: many values share it.
+                if id(factor.ids) not in self._along:
+                    self._along[id(factor.ids)] = self._line(factor.ids)
+                position, labels = self._along[id(factor.ids)]
+                result[factor.axes[position]] = labels
             self._labels[value] = tuple(result)
         return self._labels[value]
 
@@ -122,9 +122,20 @@ class Analysis:
             result.append(index)
         return tuple(result)
 
-    def _open(self, ids: np.ndarray) -> np.ndarray:
-        labels = self.solution.labels[ids]
+    @cached_property
+    def _open(self) -> np.ndarray:
+        """Per atom its class, or -1 where it is fixed."""
+        labels = self.solution.labels
         return np.where(self.free[labels], labels, -1)
+
+    def _line(self, ids: np.ndarray) -> tuple[int, np.ndarray]:
+        """The position of the one axis of a factor that its classes depend on, and the classes along it."""
+        labels = self._open[ids]
+        if labels.ndim == 1:
+            return 0, labels
+        varying = [p for p in range(labels.ndim) if _varies(labels, p)]
+        position = varying[0] if varying else labels.ndim - 1
+        return position, labels[tuple(slice(None) if p == position else 0 for p in range(labels.ndim))]
 
 
 def _varies(labels: np.ndarray, position: int) -> bool:
@@ -228,48 +239,6 @@ def analyse_seeded(
     return propagation.close(program)
 
 
-@dataclass(frozen=True)
-class Work:
-    """The multiply-adds of one contraction or convolution.
-
-    Attributes:
-      where: primitive, module path and source line.
-      dimensions: axes whose sizes multiply to the multiply-adds, as (value id, axis) pairs; those of one
-        dimension run along one another, so it has the indices that all of them keep.
-      times: how often it runs in one call: a body of `scan` runs once per step.
-    """
-
-    where: str
-    dimensions: tuple[tuple[tuple[int, int], ...], ...]
-    times: int
-
-
-def work_of(program: Program) -> list[Work]:
-    """The contractions and convolutions of a program, those in its loops and branches included."""
-
-    def walk(block: Block, times: int) -> Iterator[Work]:
-        for eqn in block.equations:
-            rule, region = RULES.get(eqn.primitive), REGIONS.get(eqn.primitive)
-            if rule is not None and rule.work is not None:
-                yield Work(eqn.where, tuple(rule.work(eqn)), times)
-            often = (1,) * len(eqn.bodies) if region is None else region.times(eqn)
-            for body, n in zip(eqn.bodies, often, strict=True):
-                if n:
-                    yield from walk(body, times * n)
-
-    return list(walk(program.block, 1))
-
-
-def flops_of(eqn: Equation) -> int:
-    """FLOPs of one equation at full width: two per multiply-add of contractions, else one per element."""
-    rule = RULES.get(eqn.primitive)
-    if rule is not None and rule.work is not None:
-        shapes = dict(zip((*eqn.inputs, *eqn.outputs), (*eqn.in_shapes, *eqn.out_shapes), strict=True))
-        return 2 * int(np.prod([shapes[value][axis] for (value, axis), *_ in rule.work(eqn)]))
-    inside = sum(flops_of(inner) for body in eqn.bodies for inner in body.equations)
-    return max((int(np.prod(shape)) for shape in (*eqn.in_shapes, *eqn.out_shapes)), default=0) + inside
-
-
 def _leaf(ledger: Ledger, shape: tuple[int, ...]) -> Tracked:
     # Size-1 axes are never tracked: a learned scale of shape (1,) would unite everything.
     return Tracked(shape, tuple(Factor((a,), ledger.fresh(n), True) for a, n in enumerate(shape) if n > 1))
@@ -299,7 +268,7 @@ class _Propagation:
     def read(self, value: int) -> Tracked:
         if value not in self.values:
             constant = self.constants[value]
-            self.values[value] = Tracked(np.shape(constant), (), _number(constant), _positions(constant))
+            self.values[value] = Tracked(np.shape(constant), (), number_of(constant), _positions(constant))
         return self.values[value]
 
     def equation(self, eqn: Equation, inputs: list[Tracked]) -> list[Tracked]:
@@ -313,7 +282,7 @@ class _Propagation:
             outputs = self.block(eqn.bodies[0], inputs)
             return (
                 outputs
-                if self.nested or keeps_derivatives_zero(eqn, inputs, self.derivatives, self.ledger.cuts)
+                if self.nested or self.keeps_derivatives_zero(eqn, inputs)
                 else [_doubtful(x) for x in outputs]
             )
         if not any(x.factors for x in inputs):
@@ -331,6 +300,35 @@ class _Propagation:
                 self.ledger.fix(factor.ids, reason)
         return [_data(self.ledger, shape, reason) for shape in eqn.out_shapes]
 
+    def keeps_derivatives_zero(self, eqn: Equation, inputs: Sequence[Tracked]) -> bool:
+        """Whether dead positions of a custom call have zero tangents, by its own derivative rule.
+
+        A zero flag promises a zero value and a zero derivative: a later sum over the cut axis relies on
+        both. The same call under the same pattern of atoms is answered once.
+        """
+        if eqn.primitive is not p.custom_jvp_call_p:
+            return False
+        memo, shared = self.derivatives, flags(eqn, inputs, self.constants)
+        if shared in memo:
+            return memo[shared]
+        everything = [f.ids.ravel() for x in inputs for f in x.factors]
+        names = np.unique(np.concatenate(everything)) if everything else np.zeros(0, int)
+        local = [
+            Tracked(
+                x.shape,
+                tuple(Factor(f.axes, np.searchsorted(names, f.ids), f.zero) for f in x.factors),
+                x.uniform,
+            )
+            for x in inputs
+        ]
+        pattern = tuple((x.uniform, *((f.axes, f.zero, f.ids.tobytes()) for f in x.factors)) for x in local)
+        key = (*identity(eqn), pattern)
+        if key not in memo:
+            memo[key], by_flags = _derivative_is_zero(eqn, local, len(names), self.ledger.cuts)
+            if shared is not None and by_flags:
+                memo[shared] = memo[key]
+        return memo[key]
+
     def close(self, program: Program) -> Analysis:
         factors = {value: x.factors for value, x in self.values.items()}
         joint = [f for fs in factors.values() for f in fs if len(f.axes) > 1]
@@ -347,79 +345,22 @@ class _Propagation:
         )
 
 
-def keeps_derivatives_zero(
-    eqn: Equation, inputs: Sequence[Tracked], memo: dict[Any, bool], cuts: Cuts
-) -> bool:
-    """Whether dead positions of a custom call have zero tangents, by its own derivative rule.
-
-    A zero flag promises a zero value and a zero derivative: a later sum over the cut axis relies on both.
-    The same call under the same pattern of atoms is answered from `memo`.
-    """
-    if eqn.primitive is not p.custom_jvp_call_p:
-        return False
-    everything = [f.ids.ravel() for x in inputs for f in x.factors]
-    names = np.unique(np.concatenate(everything)) if everything else np.zeros(0, int)
-    local = [
-        Tracked(
-            x.shape,
-            tuple(Factor(f.axes, np.searchsorted(names, f.ids), f.zero) for f in x.factors),
-            x.uniform,
-        )
-        for x in inputs
-    ]
-    pattern = tuple((x.uniform, *((f.axes, f.zero, f.ids.tobytes()) for f in x.factors)) for x in local)
-    key = (*_identity(eqn), pattern)
-    if key not in memo:
-        memo[key] = _derivative_is_zero(eqn, local, len(names), cuts)
-    return memo[key]
-
-
-def _identity(eqn: Equation) -> tuple[Any, ...]:
-    """What a call shares with others of the same function and shapes."""
-    body = eqn.params["call_jaxpr"]
-    place = getattr(getattr(body.jaxpr, "debug_info", None), "func_src_info", None) or ""
-    if f" at {os.path.dirname(jax.__file__)}{os.sep}" in place:
-        # JAX defines its activations once, at the top of a module: the place says which rule it is.
-        return place, str(body)
-    # The equation itself is part of the key, so that its id is not given to another one.
-    return id(eqn.source), eqn.source
-
-
-def _derivative_is_zero(eqn: Equation, inputs: Sequence[Tracked], atoms: int, cuts: Cuts) -> bool:
+def _derivative_is_zero(
+    eqn: Equation, inputs: Sequence[Tracked], atoms: int, cuts: Cuts
+) -> tuple[bool, bool]:
+    """Whether dead positions have zero tangents, and whether that was told element by element."""
     closed = derivative_of(eqn)
     if closed is None:
-        return False
+        return False, False
     tangents = [Tracked(x.shape, x.factors) for x in inputs]
     program = flatten(closed, leaves=())
     analysis = analyse_seeded(program, [*inputs, *tangents], atoms, nested=True, cuts=cuts)
-    return all(f.zero for value in program.block.outputs for f in analysis.factors.get(value, ()))
-
-
-def derivative_of(eqn: Equation) -> jex.ClosedJaxpr | None:
-    """The derivative rule of a call as a jaxpr of its primals and tangents; None without one."""
-    avals = [
-        jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(eqn.in_shapes, eqn.in_dtypes, strict=True)
-    ]
-    if not all(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in avals):
-        return None
-    return jax.make_jaxpr(lambda primals, tangents: jax.jvp(eqn.run, primals, tangents)[1])(
-        tuple(avals), tuple(avals)
-    )
+    zero = all(f.zero for value in program.block.outputs for f in analysis.factors.get(value, ()))
+    return zero, is_elementwise(program.block)
 
 
 def _doubtful(x: Tracked) -> Tracked:
     return Tracked(x.shape, tuple(Factor(f.axes, f.ids, False) for f in x.factors), x.uniform)
-
-
-def _number(constant: Any) -> float | None:
-    """A constant scalar as a real number, where it is one and its value is known."""
-    if np.shape(constant) != () or not jnp.issubdtype(jax.dtypes.result_type(constant), np.number):
-        return None
-    try:
-        number = complex(constant)
-    except jax.errors.ConcretizationTypeError:
-        return None
-    return number.real if number.imag == 0 else None
 
 
 def _positions(constant: Any) -> np.ndarray | None:

@@ -14,10 +14,11 @@ import optax
 from compaware_jax.errors import PlanError
 from compaware_jax.groups import COLLECTIONS, Groups
 from compaware_jax.plan import Plan
-from compaware_jax.propagate import Analysis, analyse, flops_of
+from compaware_jax.propagate import Analysis, analyse
 from compaware_jax.rules.families import scatter, take
 from compaware_jax.slimming import FullWidth, run_small
 from compaware_jax.trace import named_leaves, on_host, path_name, trace
+from compaware_jax.work import flops_of
 
 
 def shrink(tree: Any, plan: Plan) -> Any:
@@ -69,12 +70,17 @@ def expand(tree: Any, plan: Plan) -> Any:
     return _map_plan(tree, plan, _put_back, full=False, caller="expand")
 
 
-def _cut(array: Any, plan: Plan, leaf: int) -> Any:
-    return cut_axes(array, plan.kept[leaf])
+def _cut(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> list[Any]:
+    small = [_taken(array, plan.kept[i]) for array, i in zip(arrays, positions, strict=True)]
+    return _sent_back(small, arrays)
 
 
 def cut_axes(array: Any, kept: Sequence[Sequence[int] | None]) -> Any:
     """An array with the kept indices of each axis (None: all), on the host where it is there."""
+    return _sent_back([_taken(array, kept)], [array])[0]
+
+
+def _taken(array: Any, kept: Sequence[Sequence[int] | None]) -> Any:
     if all(index is None for index in kept):
         return array
     # On the host, numpy spares a compilation per shape.
@@ -82,14 +88,28 @@ def cut_axes(array: Any, kept: Sequence[Sequence[int] | None]) -> Any:
     for axis, index in enumerate(kept):
         if index is not None:
             small = small.take(np.asarray(index, int), axis=axis)
-    if isinstance(small, np.ndarray) and not isinstance(array, np.ndarray):
-        return jax.device_put(small, array.sharding if array.committed else None)
     return small
 
 
-def _put_back(array: Any, plan: Plan, leaf: int) -> Any:
-    kept = tuple(None if index is None else np.asarray(index, int) for index in plan.kept[leaf])
-    return scatter(array, kept, plan.leaves[leaf].shape)
+def _sent_back(small: list[Any], arrays: Sequence[Any]) -> list[Any]:
+    """What was cut on the host becomes JAX arrays where it came from such, all in one transfer."""
+    sent = [
+        n
+        for n, (x, array) in enumerate(zip(small, arrays, strict=True))
+        if isinstance(x, np.ndarray) and not isinstance(array, np.ndarray)
+    ]
+    places = [arrays[n].sharding if arrays[n].committed else None for n in sent]
+    result = list(small)
+    for n, x in zip(sent, jax.device_put([small[n] for n in sent], places), strict=True):
+        result[n] = x
+    return result
+
+
+def _put_back(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> list[Any]:
+    def kept(leaf: int) -> tuple[np.ndarray | None, ...]:
+        return tuple(None if index is None else np.asarray(index, int) for index in plan.kept[leaf])
+
+    return [scatter(x, kept(i), plan.leaves[i].shape) for x, i in zip(arrays, positions, strict=True)]
 
 
 def _map_plan(tree: Any, plan: Plan, change: Callable, *, full: bool, caller: str) -> Any:
@@ -106,8 +126,7 @@ def _map_plan(tree: Any, plan: Plan, change: Callable, *, full: bool, caller: st
             return node
         found = True
         leaves, structure = jax.tree.flatten(node)
-        changed = [change(leaf, plan, i) for leaf, i in zip(leaves, positions, strict=True)]
-        return jax.tree.unflatten(structure, changed)
+        return jax.tree.unflatten(structure, change(leaves, plan, positions))
 
     result = jax.tree.map(visit, tree, is_leaf=lambda node: match(node) is not None)
     if not found:

@@ -11,8 +11,8 @@ from compaware_jax.errors import BudgetError
 from compaware_jax.law import random_keep
 from compaware_jax.masks import group_counts
 from compaware_jax.models import autoencoder
-from compaware_jax.propagate import work_of
 from compaware_jax.trace import flatten
+from compaware_jax.work import work_of
 from tests.models import MODELS
 
 

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.scipy import special
 
 import compaware_jax as ca
+from compaware_jax.derivatives import derivative_of
 from compaware_jax.law import distance, law_errors, random_keep
 from compaware_jax.models import autoencoder
+from compaware_jax.trace import flatten, trace
 from tests.compiling import COMPILER
 from tests.models import MODELS
 from tests.programs import random_program
@@ -191,6 +194,12 @@ def _halves(x):
 
 _halves.defjvps(lambda t, ans, x: t * jnp.concatenate([x[:, :4] ** 2, x[:, 4:] ** 2], -1))
 
+_passing, _averaging = jax.custom_jvp(jax.nn.relu), jax.custom_jvp(jax.nn.relu)
+_passing.defjvps(lambda t, ans, x: t)
+_averaging.defjvps(lambda t, ans, x: t + t.mean(-1, keepdims=True))
+
+TWO_ARGUMENTS = (special.xlogy, special.xlog1py, jnp.logaddexp, jnp.logaddexp2)
+
 DERIVATIVE_RULES = {
     "needs one channel": lambda v, x: _needs_first_channel(jnp.tanh(x @ v["a"]), v["b"]),
     "mixes cotangents, then a sum": lambda v, x: (
@@ -198,6 +207,9 @@ DERIVATIVE_RULES = {
     ),
     "mixes tangents, then a sum": lambda v, x: (
         _mixing(x @ v["a"]).sum(-1, keepdims=True) + (x @ v["a"]) @ v["b"]
+    ),
+    "two rules for one function of JAX": lambda v, x: (
+        _passing(x @ v["a"]) @ v["b"] + _averaging(x @ v["a"]).sum(-1, keepdims=True)
     ),
     "its pieces can empty": lambda v, x: _halves(x @ v["a"]) @ v["b"],
 }
@@ -214,6 +226,25 @@ def test_law_under_custom_derivative_rules(name):
     assert groups.units == 8
     for keep in (np.arange(8) < 2, np.arange(8) % 3 > 0):
         assert max(law_errors(apply, variables, x, keep=keep, groups=groups)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "function",
+    [jax.nn.relu, special.xlogy, special.xlog1py, special.log_ndtr, jnp.sinc, jnp.logaddexp, jnp.logaddexp2],
+)
+def test_rules_of_jax_do_not_ask_for_sizes(function):
+    """Their answers at one size are taken for those at others."""
+
+    def steps(*shape):
+        arguments = [jnp.ones(shape)] * (2 if function in TWO_ARGUMENTS else 1)
+        program = trace(lambda v: function(*v), arguments)
+        calls = [eqn for eqn in program.block.equations if eqn.bodies]
+        return [
+            [(eqn.primitive, [len(x) for x in eqn.in_shapes]) for eqn in rule.block.equations]
+            for rule in (flatten(derivative_of(call), leaves=()) for call in calls)
+        ]
+
+    assert steps(2, 3) == steps(1, 2) == steps(64, 128) == steps(1000, 1) != []
 
 
 @pytest.mark.parametrize(("power", "units"), [(-1, 0), (-2, 0), (2, 4), (2.5, 4), (0.5, 0)])

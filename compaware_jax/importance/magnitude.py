@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compaware_jax.groups import Groups
-from compaware_jax.importance.units import unit_sum
+from compaware_jax.importance.units import floats, sums_over_units, unit_sum
 
 
 def l1(groups: Groups, variables: Any) -> Float[Array, " units"]:
@@ -25,7 +25,8 @@ def l2(groups: Groups, variables: Any) -> Float[Array, " units"]:
       Li et al., Pruning Filters for Efficient ConvNets, arXiv 1608.08710 (the L1 form), over whole
       coupled units as in Fang et al., DepGraph, arXiv 2301.12900.
     """
-    return jnp.sqrt(unit_sum(groups, variables, lambda x: (x * x.conj()).real))
+    squares = sums_over_units(groups, variables, lambda x: (x * x.conj()).real)
+    return floats(np.sqrt(squares) if isinstance(squares, np.ndarray) else jnp.sqrt(squares))
 
 
 def lamp(groups: Groups, variables: Any) -> Float[Array, " units"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,27 +27,42 @@ def unit_sum(groups: Groups, tree: Any, of: Callable[[Any], Any] = lambda x: x) 
     Returns:
       The sums, shape (units,).
     """
+    return floats(sums_over_units(groups, tree, of))
+
+
+def floats(values: Any) -> jax.Array:
+    """As a JAX array of the default float type."""
+    if isinstance(values, np.ndarray):
+        # `jnp.asarray` would compile a program for it.
+        return jax.device_put(values.astype(jax.dtypes.canonicalize_dtype(float)))
+    return jnp.asarray(values, float)
+
+
+def sums_over_units(groups: Groups, tree: Any, of: Callable[[Any], Any]) -> np.ndarray | Array:
+    """`unit_sum`, as a numpy array where all leaves are on the host."""
     leaves = jax.tree.leaves(tree)
     # On the host, numpy spares a compilation per shape.
     xp = np if all(on_host(leaf) for leaf in leaves) else jnp
     sums, places = [xp.zeros(0)], [np.zeros(0, int)]
     for leaf, axes in zip(leaves, groups.units_of, strict=True):
-        wanted = [axis for axis, units in enumerate(axes) if (units >= 0).any()]
-        # Sums of narrow floats lose what they add; float32 at least.
-        wide = jnp.promote_types(leaf.dtype, jnp.float32)
-        sums += (_host_sums if xp is np else _device_sums)(
-            leaf, wanted, lambda x, t=wide: of(xp.asarray(x, t))
-        )
-        places += [np.where(axes[axis] < 0, groups.units, axes[axis]) for axis in wanted]
-    together, where = xp.concatenate(sums), np.concatenate(places)
+        wanted = [axis for axis, units in enumerate(axes) if units.max(initial=-1) >= 0]
+        sums += (_host_sums if xp is np else _device_sums)(leaf, wanted, of)
+        places += [axes[axis] for axis in wanted]
+    # What belongs to no unit is counted first, and dropped.
+    together, where = xp.concatenate(sums), np.concatenate(places) + 1
     if xp is np:
-        return jnp.asarray(np.bincount(where, together, groups.units + 1)[:-1], float)
-    return jax.ops.segment_sum(together, where, groups.units + 1)[:-1]
+        return np.bincount(where, together, groups.units + 1)[1:]
+    return jax.ops.segment_sum(together, where, groups.units + 1)[1:]
 
 
 def _device_sums(leaf: Any, wanted: Sequence[int], of: Callable[[Any], Any]) -> list[Any]:
-    values = of(leaf)
+    values = of(jnp.asarray(leaf, _wide(leaf)))
     return [values.sum(tuple(a for a in range(leaf.ndim) if a != axis)) for axis in wanted]
+
+
+def _wide(leaf: Any) -> Any:
+    # Sums of narrow floats lose what they add; float32 at least.
+    return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
 # So many elements at a time stay in the cache.
@@ -57,19 +73,27 @@ def _host_sums(leaf: Any, wanted: Sequence[int], of: Callable[[Any], Any]) -> li
     """Sums over all axes but one, for each of the wanted ones, in one pass over the array."""
     if not wanted:
         return []
-    array = np.asarray(leaf)
-    sums: list[Any] = [0.0] * len(wanted)
-    first: list[np.ndarray] = []
-    rows = max(1, _BLOCK * array.shape[0] // max(array.size, 1))
-    for start in range(0, array.shape[0], rows):
-        values = of(array[start : start + rows])
-        for number, axis in enumerate(wanted):
-            part = values.sum(tuple(a for a in range(array.ndim) if a != axis))
-            if axis == 0:
-                first.append(part)
-            else:
-                sums[number] = sums[number] + part
-    return [np.concatenate(first) if axis == 0 else total for axis, total in zip(wanted, sums, strict=True)]
+    array, dtype = np.asarray(leaf), _wide(leaf)
+    shape = array.shape
+    if len(shape) == 1:
+        return [of(np.asarray(array, dtype))]
+    # A table of the first axes by the last ones, as square as can be: its margins are short.
+    sizes = [(math.prod(shape[:n]), math.prod(shape[n:])) for n in range(len(shape))]
+    split = min(range(len(shape)), key=lambda n: sum(sizes[n]))
+    rows, columns = sizes[split]
+    table, step = array.reshape(rows, columns), max(1, _BLOCK // max(columns, 1))
+    by_row, by_column = [], np.zeros(columns)
+    for start in range(0, max(rows, 1), step):
+        values = of(np.asarray(table[start : start + step], dtype))
+        # A product with ones is several times as fast as a sum.
+        by_row.append(values @ np.ones(columns, values.dtype))
+        by_column = by_column + np.ones(len(values), values.dtype) @ values
+    margins = (np.concatenate(by_row).reshape(shape[:split]), by_column.reshape(shape[split:]))
+    result = []
+    for axis in wanted:
+        margin, own = (margins[0], axis) if axis < split else (margins[1], axis - split)
+        result.append(margin.sum(tuple(a for a in range(margin.ndim) if a != own)))
+    return result
 
 
 def ranks(groups: Groups, scores: Num[ArrayLike, " units"]) -> Int[Array | np.ndarray, " units"]:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend.core import Primitive
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
-from compaware_jax.rules.registry import Kept, Small, register_rule
+from compaware_jax.rules.registry import RULES, Kept, Rule, Small, register_rule
 from compaware_jax.trace import Equation
 
 ZeroTest = Callable[[Equation, Sequence[bool], Sequence[float | None]], bool]
@@ -97,7 +97,7 @@ def elementwise(
     def slim(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array]:
         return bind(eqn, [cut(x, kept[0]) if x.array.ndim else x.array for x in operands])
 
-    register_rule(primitive, couple, slim)
+    RULES[primitive] = Rule(couple, slim, elementwise=True)
 
 
 def reduction(primitive: Primitive, *, sums: bool) -> None:

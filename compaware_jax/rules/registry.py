@@ -60,12 +60,14 @@ class Rule:
         of the (value id, axis) pairs that run along it.
       loose: ``equation -> [(operand, axis), ...]`` where `slim` takes an operand that is cut although
         the index stays: what is missing counts as zero.
+      elementwise: whether its operands are tied index by index, and zero flags alone tell the outputs'.
     """
 
     couple: Couple
     slim: Slim | None = None
     work: Work | None = None
     loose: Loose | None = None
+    elementwise: bool = False
 
 
 RULES: dict[Primitive, Rule] = {}

@@ -1,0 +1,92 @@
+"""What a call has to say of its own derivative rule, and which calls may be asked once for all."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import primitives as p
+
+from compaware_jax.factors import Tracked
+from compaware_jax.rules import RULES
+from compaware_jax.trace import Block, Equation
+
+
+def place(eqn: Equation) -> str | None:
+    """Where JAX itself defines the function of a call together with its rule, if it does."""
+    body = eqn.params["call_jaxpr"].jaxpr
+    place = getattr(getattr(body, "debug_info", None), "func_src_info", None) or ""
+    name, _, file = place.partition(f" at {os.path.dirname(jax.__file__)}{os.sep}")
+    module = sys.modules.get("jax." + file.partition(".py")[0].replace(os.sep, "."))
+    # A function of JAX's under a user's own rule shows the same place: it is plain in its module, or a call
+    # inside this one.
+    own = isinstance(getattr(module, name, None), jax.custom_jvp)
+    return place if own and not any(inner.bodies for inner in eqn.bodies[0].equations) else None
+
+
+def identity(eqn: Equation) -> tuple[Any, ...]:
+    """What a call shares with others of the same function and shapes."""
+    defined = place(eqn)
+    if defined is not None:
+        # Defined once, at the top of a module: the place says which rule it is.
+        return defined, str(eqn.params["call_jaxpr"])
+    # The equation itself is part of the key, so that its id is not given to another one.
+    return id(eqn.source), eqn.source
+
+
+def flags(eqn: Equation, inputs: Sequence[Tracked], constants: Mapping[int, Any]) -> tuple[Any, ...] | None:
+    """What a call of an element-wise function of JAX shares with others under the same flags, of any sizes.
+
+    JAX's rules for element-wise functions do not ask for sizes. Where the rule is element-wise, too, which
+    atoms stand where makes no difference, as long as no factor spans two axes: none is ever collapsed.
+    """
+    defined, body = place(eqn), eqn.bodies[0]
+    if defined is None or not is_elementwise(body) or any(len(f.axes) > 1 for x in inputs for f in x.factors):
+        return None
+    steps = body.equations
+    inside = [value for step in steps for value in (*step.inputs, *step.outputs)]
+    name = {value: n for n, value in enumerate(dict.fromkeys((*body.inputs, *inside, *body.outputs)))}
+    numbers = tuple((n, number_of(constants[value])) for value, n in name.items() if value in constants)
+    if any(number is None for _, number in numbers):
+        return None
+    text = tuple((step.primitive, str(step.params), *map(name.get, step.inputs)) for step in steps)
+    pattern = tuple((len(x.shape), x.uniform, *((f.axes, f.zero) for f in x.factors)) for x in inputs)
+    return defined, eqn.in_dtypes, numbers, text, tuple(map(name.get, body.outputs)), pattern
+
+
+def is_elementwise(block: Block) -> bool:
+    """Whether all its equations are element-wise, or fill a shape with a scalar."""
+    return all(
+        (eqn.primitive in RULES and RULES[eqn.primitive].elementwise)
+        or (eqn.primitive is p.broadcast_in_dim_p and eqn.in_shapes[0] == ())
+        for eqn in block.equations
+    )
+
+
+def derivative_of(eqn: Equation) -> jex.ClosedJaxpr | None:
+    """The derivative rule of a call as a jaxpr of its primals and tangents; None without one."""
+    avals = [
+        jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(eqn.in_shapes, eqn.in_dtypes, strict=True)
+    ]
+    if not all(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in avals):
+        return None
+    return jax.make_jaxpr(lambda primals, tangents: jax.jvp(eqn.run, primals, tangents)[1])(
+        tuple(avals), tuple(avals)
+    )
+
+
+def number_of(constant: Any) -> float | None:
+    """A constant scalar as a real number, where it is one and its value is known."""
+    if np.shape(constant) != () or not jnp.issubdtype(jax.dtypes.result_type(constant), np.number):
+        return None
+    try:
+        number = complex(constant)
+    except jax.errors.ConcretizationTypeError:
+        return None
+    return number.real if number.imag == 0 else None
