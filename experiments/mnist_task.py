@@ -62,7 +62,7 @@ def linear_of(apply: Apply, variables: Any, batch: Batch) -> jax.Array:
 
 METRICS = {
     "PSNR (dB)": psnr_of,
-    "worst digit (dB)": worst_psnr_of,
+    "worst class (dB)": worst_psnr_of,
     "SSIM": ssim_of,
     "k-NN": knn_of,
     "linear": linear_of,
