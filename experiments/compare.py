@@ -60,7 +60,7 @@ class Config:
     """Settings.
 
     Attributes:
-      data: where the digits come from.
+      data: which images, as in the main experiment.
       model: preset of the autoencoder.
       budgets: shares of the parameters that may stay.
       seeds: of the dense model, the data order and the search.

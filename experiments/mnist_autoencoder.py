@@ -5,6 +5,7 @@ same fine-tune.
 
     python experiments/mnist_autoencoder.py                            # the embedded 5,000 digits, or tfds
     python experiments/mnist_autoencoder.py --data tfds --budget 0.1   # full MNIST
+    python experiments/mnist_autoencoder.py --data fashion             # Fashion-MNIST
     python experiments/mnist_autoencoder.py --model conv
 
 Writes runs/<name>/: metrics.json, plan.json, timings.json, history.npz, PNG figures, report.html and
@@ -24,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from mnist_figures import digits_figure, latent_figure
+from mnist_figures import images_figure, latent_figure
 from mnist_task import (
     METRICS,
     Data,
@@ -61,11 +62,11 @@ class Config:
     """Settings; steps that are not given depend on the data and the model.
 
     Attributes:
-      data: where the digits come from.
+      data: MNIST in full (tfds), embedded, or whichever is there (auto); or Fashion-MNIST.
       model: preset of the autoencoder.
       budget: share of the parameters that may stay; by default a tenth, 0.3 for the conv preset.
       psnr_drop: dB of PSNR that may be lost.
-      worst_drop: dB of PSNR that the worst digit may lose.
+      worst_drop: dB of PSNR that the worst class may lose.
       ssim_drop: SSIM that may be lost.
       knn_drop: latent k-NN accuracy that may be lost.
       linear_drop: accuracy of a linear classifier of the latent that may be lost.
@@ -110,11 +111,13 @@ class Schedule:
     learning_rate: float
 
 
-# Dense models train to convergence on held-out digits; more steps on the embedded ones overfit.
+# Dense models train to convergence on held-out images; more steps on the embedded ones overfit.
 SCHEDULES = {
     ("dense", "tfds"): Schedule(0.1, 6_000, 1e-3, 10_000, 4e-3),
+    ("dense", "fashion"): Schedule(0.1, 6_000, 1e-3, 10_000, 4e-3),
     ("dense", "embedded"): Schedule(0.1, 3_000, 1e-3, 5_000, 2e-3),
     ("conv", "tfds"): Schedule(0.3, 6_000, 2e-3, 10_000, 2e-3),
+    ("conv", "fashion"): Schedule(0.3, 6_000, 2e-3, 10_000, 2e-3),
     ("conv", "embedded"): Schedule(0.3, 2_000, 2e-3, 2_000, 2e-3),
 }
 
@@ -201,7 +204,7 @@ def main(config: Config) -> None:
     arrays: Any = flat_history(result)
     np.savez(folder / "history.npz", **arrays)
     header, table = comparison(rows, times, criteria)
-    print("\n" + text_table(header, table, "held-out digits; forward of one batch of 256"))
+    print("\n" + text_table(header, table, "held-out images; forward of one batch of 256"))
     print("criteria: " + "; ".join(str(c) for c in criteria))
     write_report(folder, config, schedule, task, channels, result, models, rows, falls, header, table)
     print(f"\n{seconds:.0f} s; everything is in {folder}, the report in {folder / 'report.html'}")
@@ -307,8 +310,8 @@ def write_report(
         n: jax.device_get(jax.jit(models[n][0])(models[n][1], task.held_out["image"][:2000]))
         for n in ("dense", "compressed", "uniform L2")
     }
-    digits = {"original": np.asarray(task.held_out["image"][first])}
-    digits |= {n: out["image"][first] for n, out in outputs.items()}
+    images = {"original": np.asarray(task.held_out["image"][first])}
+    images |= {n: out["image"][first] for n, out in outputs.items()}
     share = result.history["search"]["share"]
     metric = "PSNR (dB)"
     points = {
@@ -321,7 +324,7 @@ def write_report(
         "trade_off": trade_off_figure(points, metric=f"{metric}, held-out"),
         "kept_units": kept_units_figure(groups, result.plan),
         "coefficients": trajectory_figure(groups, share, config.search.steps),
-        "digits": digits_figure(digits),
+        "images": images_figure(images),
         "latent": latent_figure({n: outputs[n]["latent"] for n in ("dense", "compressed")}, labels[:2000]),
     }
     names = dict(zip(figures, save_figures(folder, figures), strict=True))
@@ -367,13 +370,14 @@ def write_report(
             ],
             [names["coefficients"]],
         ),
-        Section("Digits", figures=[names["digits"]]),
+        Section("Images", figures=[names["images"]]),
         Section("Latent space", figures=[names["latent"]]),
         *whole_sections(groups, result.plan),
         Section("Data", task.data.note),
     ]
     warning = task.data.note if task.data.source == "embedded" else ""
-    html_report(folder / "report.html", f"MNIST autoencoder, {config.model}", sections, warning=warning)
+    name = "Fashion-MNIST" if task.data.source == "fashion" else "MNIST"
+    html_report(folder / "report.html", f"{name} autoencoder, {config.model}", sections, warning=warning)
 
 
 def flat_history(result: ca.Result) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Figures of the MNIST experiments: digits before and after, the latent space."""
+"""Figures of the MNIST experiments: images before and after, the latent space."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sklearn.decomposition import PCA
 
 from compaware_jax.report import STYLE, WIDTH
 
-DIGIT_COLOURS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+CLASS_COLOURS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
 
 
-def digits_figure(rows: Mapping[str, np.ndarray]) -> Figure:
+def images_figure(rows: Mapping[str, np.ndarray]) -> Figure:
     """Images in rows.
 
     Args:
@@ -34,7 +34,7 @@ def digits_figure(rows: Mapping[str, np.ndarray]) -> Figure:
             axes.set_yticks([])
             axes.grid(visible=False)
             axes.spines[:].set_visible(False)
-        figure.suptitle(f"{count} held-out digits, one of each class", fontsize=10)
+        figure.suptitle(f"{count} held-out images, one of each class", fontsize=10)
     return figure
 
 
@@ -53,9 +53,9 @@ def latent_figure(latents: Mapping[str, np.ndarray], labels: np.ndarray) -> Figu
         for axes, (name, latent) in zip(grid[0], latents.items(), strict=True):
             pca = PCA(2, random_state=0).fit(latent)
             points = pca.transform(latent)
-            for digit in range(10):
-                here = points[labels == digit]
-                axes.scatter(*here.T, s=7, color=DIGIT_COLOURS[digit], label=str(digit), lw=0)
+            for label in range(10):
+                here = points[labels == label]
+                axes.scatter(*here.T, s=7, color=CLASS_COLOURS[label], label=str(label), lw=0)
             explained = pca.explained_variance_ratio_.sum()
             axes.set_title(
                 f"{name}: {latent.shape[1]} dimensions,\n2 components hold {explained:.0%}",

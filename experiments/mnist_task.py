@@ -16,13 +16,13 @@ from compaware_jax.boundary import trim
 from compaware_jax.coefficients import Problem, SearchMethod
 from compaware_jax.cost import parameter_cost
 from compaware_jax.criteria import measure
-from compaware_jax.data import ImageSet, mnist, resident, whole
+from compaware_jax.data import ImageSet, fashion_mnist, mnist, resident, whole
 from compaware_jax.loop import run_steps
 from compaware_jax.metrics import knn_accuracy, linear_accuracy, psnr, ssim, worst_class_psnr
 from compaware_jax.models import Autoencoder, autoencoder
 from compaware_jax.select import keep_units, round_counts
 
-Data = Literal["auto", "tfds", "embedded"]
+Data = Literal["auto", "tfds", "embedded", "fashion"]
 Preset = Literal["dense", "conv"]
 Apply = Callable[..., dict[str, jax.Array]]
 Batch = dict[str, jax.Array]
@@ -51,7 +51,7 @@ def knn_of(apply: Apply, variables: Any, batch: Batch) -> jax.Array:
 
 
 def worst_psnr_of(apply: Apply, variables: Any, batch: Batch) -> jax.Array:
-    """PSNR of the digit that is reconstructed worst, in dB."""
+    """PSNR of the class that is reconstructed worst, in dB."""
     return worst_class_psnr(apply(variables, batch["image"])["image"], batch["image"], batch["label"], 10)
 
 
@@ -62,7 +62,7 @@ def linear_of(apply: Apply, variables: Any, batch: Batch) -> jax.Array:
 
 METRICS = {
     "PSNR (dB)": psnr_of,
-    "worst digit (dB)": worst_psnr_of,
+    "worst class (dB)": worst_psnr_of,
     "SSIM": ssim_of,
     "k-NN": knn_of,
     "linear": linear_of,
@@ -86,7 +86,7 @@ class Task:
     """Data, model and dense training of one experiment."""
 
     def __init__(self, data: Data, preset: Preset, *, batch: int, seed: int):
-        self.data: ImageSet = mnist(data)
+        self.data: ImageSet = fashion_mnist() if data == "fashion" else mnist(data)
         self.model: Autoencoder = autoencoder(preset)
         self.key = jax.random.key(seed)
         self.settings = {"data": self.data.source, "preset": preset, "batch": batch, "seed": seed}

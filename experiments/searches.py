@@ -30,7 +30,7 @@ class Config:
     """Settings.
 
     Attributes:
-      data: where the digits come from.
+      data: which images, as in the main experiment.
       model: preset of the autoencoder.
       budgets: shares of the parameters that may stay.
       gradient: settings of the gradient search.

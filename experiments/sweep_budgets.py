@@ -31,7 +31,7 @@ class Config:
     Attributes:
       budgets: shares of the parameters that may stay.
       seeds: lanes per budget.
-      data: where the digits come from.
+      data: which images, as in the main experiment.
       model: preset of the autoencoder.
       dense_steps: steps of the dense training.
       dense_learning_rate: its learning rate.

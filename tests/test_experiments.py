@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -89,3 +91,12 @@ def test_comparison(tmp_path):
 def test_unknown_data_source_is_refused(tmp_path):
     with pytest.raises(AssertionError, match="invalid choice"):
         run("mnist_autoencoder.py", "--data", "cifar", "--out", str(tmp_path))
+
+
+def test_every_data_set_has_a_schedule_for_every_preset(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    from mnist_autoencoder import SCHEDULES
+    from mnist_task import Data, Preset
+
+    named = set(product(get_args(Preset), get_args(Data)))
+    assert named - set(SCHEDULES) == {("dense", "auto"), ("conv", "auto")}, "auto is one of the others"

@@ -28,7 +28,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Three disjoint splits, where they came from ("tfds" or "embedded"), and what to report."""
+    """Three disjoint splits, what they are ("tfds" or "embedded": MNIST; "fashion"), and what to report."""
 
     train: Split
     valid: Split
