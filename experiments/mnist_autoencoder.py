@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from mnist_figures import images_figure, latent_figure
+from mnist_figures import boundary_figure, images_figure, latent_figure
 from mnist_task import (
     METRICS,
     Data,
@@ -290,6 +290,14 @@ def untuned(
     return lines
 
 
+def pixels(plan: ca.Plan) -> dict[str, np.ndarray]:
+    """Which of an image's pixels the small model reads, and which it writes by more than a bias."""
+    kept_of = {leaf.path: kept for leaf, kept in zip(plan.leaves, plan.kept, strict=True)}
+    ends = {"read": ("params/encoder/dense1/kernel", 0), "written": ("params/decoder/image/kernel", 1)}
+    kept = {name: kept_of[path][axis] for name, (path, axis) in ends.items()}
+    return {n: np.isin(np.arange(784), np.arange(784) if k is None else k) for n, k in kept.items()}
+
+
 def write_report(
     folder: Path,
     config: Config,
@@ -327,12 +335,22 @@ def write_report(
         "images": images_figure(images),
         "latent": latent_figure({n: outputs[n]["latent"] for n in ("dense", "compressed")}, labels[:2000]),
     }
+    if any(group.boundary for group in groups.groups):
+        mean = np.asarray(task.held_out["image"].mean(0)[..., 0])
+        figures["boundary"] = boundary_figure(pixels(result.plan), mean)
     names = dict(zip(figures, save_figures(folder, figures), strict=True))
     before, after = result.costs["parameters"]
     verdict = "; ".join(
         f"{v.criterion}: {'kept' if v.kept else 'NOT KEPT'} ({v.before:.4g} → {v.after:.4g})"
         for v in result.verdicts
     )
+    boundary = []
+    if "boundary" in names:
+        text = (
+            "Marked: what the small model reads of an image, and what it writes of one by more than a bias; "
+            "behind it the mean image."
+        )
+        boundary = [Section("Pixels", text, figures=[names["boundary"]])]
     sections = [
         Section(
             "Answer",
@@ -371,6 +389,7 @@ def write_report(
             [names["coefficients"]],
         ),
         Section("Images", figures=[names["images"]]),
+        *boundary,
         Section("Latent space", figures=[names["latent"]]),
         *whole_sections(groups, result.plan),
         Section("Data", task.data.note),

@@ -1,4 +1,4 @@
-"""Figures of the MNIST experiments: images before and after, the latent space."""
+"""Figures of the MNIST experiments: images before and after, pixels at the boundary, the latent space."""
 
 from __future__ import annotations
 
@@ -35,6 +35,29 @@ def images_figure(rows: Mapping[str, np.ndarray]) -> Figure:
             axes.grid(visible=False)
             axes.spines[:].set_visible(False)
         figure.suptitle(f"{count} held-out images, one of each class", fontsize=10)
+    return figure
+
+
+def boundary_figure(maps: Mapping[str, np.ndarray], mean: np.ndarray) -> Figure:
+    """Which pixels a model reads and writes, over the mean image.
+
+    Args:
+      maps: per map its name and whether each pixel is in it, shape (784,).
+      mean: the mean image, shape (28, 28), in [0, 1].
+
+    Returns:
+      The figure.
+    """
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(1, len(maps), figsize=(WIDTH, 3.2), squeeze=False)
+        for axes, (name, inside) in zip(grid[0], maps.items(), strict=True):
+            axes.imshow(mean, cmap="gray_r", vmin=0, vmax=1)
+            rows, columns = np.nonzero(inside.reshape(28, 28))
+            axes.scatter(columns, rows, s=9, marker="s", lw=0, alpha=0.6)
+            axes.set_title(f"{name}: {int(inside.sum())} of {inside.size} pixels", fontsize=10)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.grid(visible=False)
     return figure
 
 
