@@ -80,6 +80,8 @@ def trim(
     stays = np.asarray(ranks(groups, information)) < counts[groups.group_of_unit]
     gates = jnp.asarray(~ranked | stays, float)
     trimmed = replace(problem, groups=groups, cost=cost, score=score)
+    if not (gates == 0).any():
+        return trimmed, variables
     return trimmed, _calibrated(trimmed, gates, variables, calibration, learning_rate)
 
 

@@ -109,7 +109,12 @@ def _put_back(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> li
     def kept(leaf: int) -> tuple[np.ndarray | None, ...]:
         return tuple(None if index is None else np.asarray(index, int) for index in plan.kept[leaf])
 
-    return [scatter(x, kept(i), plan.leaves[i].shape) for x, i in zip(arrays, positions, strict=True)]
+    full = []
+    for array, leaf in zip(arrays, positions, strict=True):
+        # On the host, numpy spares a compilation per shape.
+        small = np.asarray(array) if on_host(array) else array
+        full.append(scatter(small, kept(leaf), plan.leaves[leaf].shape))
+    return _sent_back(full, arrays)
 
 
 def _map_plan(tree: Any, plan: Plan, change: Callable, *, full: bool, caller: str) -> Any:

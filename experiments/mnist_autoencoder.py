@@ -335,7 +335,7 @@ def write_report(
         "images": images_figure(images),
         "latent": latent_figure({n: outputs[n]["latent"] for n in ("dense", "compressed")}, labels[:2000]),
     }
-    if any(group.boundary for group in groups.groups):
+    if config.model == "dense":
         mean = np.asarray(task.held_out["image"].mean(0)[..., 0])
         figures["boundary"] = boundary_figure(pixels(result.plan), mean)
     names = dict(zip(figures, save_figures(folder, figures), strict=True))

@@ -102,7 +102,7 @@ def main(config: Config) -> None:
         "parameters",
         "reached",
         "of budget",
-        *dense_metrics,
+        *points[0].metrics,
         "kept",
         *names,
     ]

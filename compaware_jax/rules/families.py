@@ -32,13 +32,18 @@ def _take_axis(array: jax.Array, index: np.ndarray, axis: int) -> jax.Array:
     return jnp.take(array, index, axis=axis, mode="clip", unique_indices=True)
 
 
-def scatter(array: jax.Array, kept: Sequence[np.ndarray | None], shape: tuple[int, ...]) -> jax.Array:
-    """Put a cut array back at its places in zeros of the full shape."""
+def scatter(array: Any, kept: Sequence[np.ndarray | None], shape: tuple[int, ...]) -> Any:
+    """Put a cut array back at its places in zeros of the full shape; a numpy array stays one."""
     for axis, index in enumerate(kept):
         if index is not None:
             size = (*array.shape[:axis], shape[axis], *array.shape[axis + 1 :])
             places = (slice(None),) * axis + (index,)
-            array = jnp.zeros(size, array.dtype).at[places].set(array)
+            if isinstance(array, np.ndarray):
+                full = np.zeros(size, array.dtype)
+                full[places] = array
+                array = full
+            else:
+                array = jnp.zeros(size, array.dtype).at[places].set(array)
     return array
 
 
