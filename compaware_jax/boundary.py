@@ -20,8 +20,11 @@ from jaxtyping import Array, Float
 from compaware_jax.coefficients import Problem
 from compaware_jax.fit import adam_cosine
 from compaware_jax.groups import Groups, Limits
-from compaware_jax.importance import ranks
+from compaware_jax.importance import Evidence, fisher, no_evidence, observe, ranks
 from compaware_jax.masks import apply_mask
+
+EVIDENCE_STEPS = 100
+CALIBRATION_STEPS = 200
 
 
 def trim(
@@ -30,8 +33,8 @@ def trim(
     limits: Sequence[int],
     *,
     share: float = 3e-4,
-    steps: int = 100,
-    calibration: int = 200,
+    steps: int = EVIDENCE_STEPS,
+    calibration: int = CALIBRATION_STEPS,
     learning_rate: float = 0.1,
 ) -> tuple[Problem, Any]:
     """Let go of the boundary units that the loss hardly notices.
@@ -59,7 +62,7 @@ def trim(
     at_boundary = np.array([group.boundary for group in groups.groups], bool)
     if not at_boundary.any():
         return problem, variables
-    information = gate_information(problem, variables, steps)
+    information = _information(problem, variables, steps)
     share = min(share * problem.cost.total / max(limits), 0.5)
     counts = np.clip(_needed(groups, np.asarray(information), share), groups.floors, groups.ceilings)
     demands = Limits(
@@ -85,30 +88,16 @@ def trim(
     return trimmed, _calibrated(trimmed, gates, variables, calibration, learning_rate)
 
 
-def gate_information(problem: Problem, variables: Any, steps: int) -> Float[Array, " units"]:
-    """Empirical Fisher information of each unit's gate at one: the mean square of the loss' slope by it.
+def _information(problem: Problem, variables: Any, steps: int) -> Float[Array, " units"]:
+    """Empirical Fisher information of each unit's gate over some batches, shape (units,)."""
 
-    Args:
-      problem: what a search is asked.
-      variables: where to take the slopes.
-      steps: batches.
+    def see(seen: Evidence, index: jax.Array) -> tuple[Evidence, None]:
+        batch = problem.batches(index)
+        gradients = jax.grad(lambda v: problem.loss(problem.apply, v, batch))(variables)
+        return observe(seen, problem.groups, variables, gradients, smoothing=1), None
 
-    Returns:
-      Shape (units,).
-
-    References:
-      Theis et al., Faster gaze prediction with dense networks and Fisher pruning, arXiv 1801.05787.
-    """
-    gates = jnp.ones(problem.groups.units)
-
-    def add(total: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-        def value(gates: jax.Array) -> jax.Array:
-            masked = apply_mask(problem.groups, gates, variables)
-            return problem.loss(problem.apply, masked, problem.batches(index))
-
-        return total + jax.grad(value)(gates) ** 2 / steps, None
-
-    return jax.jit(lambda: jax.lax.scan(add, jnp.zeros_like(gates), jnp.arange(steps))[0])()
+    start = no_evidence(problem.groups)
+    return fisher(jax.jit(lambda: jax.lax.scan(see, start, jnp.arange(steps))[0])())
 
 
 def _needed(groups: Groups, information: np.ndarray, share: float) -> np.ndarray:

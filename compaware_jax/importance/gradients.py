@@ -106,7 +106,8 @@ def observe(
       groups: what can leave.
       variables: the weights.
       gradients: the loss gradients at them.
-      smoothing: share of the past in the moving means, in [0, 1); corrected for the first steps.
+      smoothing: share of the past in the moving means, in [0, 1); corrected for the first steps. At one
+        they are plain means over all steps.
 
     Returns:
       The new evidence.
@@ -114,7 +115,7 @@ def observe(
     norm = jnp.sqrt(unit_sum(groups, jax.tree.map(jnp.square, gradients)))
     slope = gate_gradients(groups, variables, gradients)
     steps = evidence.steps + 1
-    weight = (1 - smoothing) / (1 - smoothing**steps)
+    weight = 1 / steps if smoothing == 1 else (1 - smoothing) / (1 - smoothing**steps)
     return Evidence(
         steps=steps,
         norm=evidence.norm + weight * (norm - evidence.norm),
