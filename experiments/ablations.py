@@ -12,7 +12,7 @@ Claim: component awareness, criterion sensitivity, joint weights and soft coeffi
 * without the boundary: only channels leave, every pixel is read and written.
 
 Everything else is the same: dense weights, steps of the search, exact rounding, fine-tune. Finished cells are
-kept beside those of `compare.py`, whose settings these are. It writes `ablations.md`.
+kept beside those of `compare.py`. It writes `ablations.md`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from compare import Comparison, Config, Seed, cell
+from protocol import Config, Rates, Seed, Study, at_best_rate, interval
 
 import compaware_jax as ca
 from compaware_jax.cost import parameter_cost
@@ -78,31 +78,29 @@ VARIANTS: dict[str, Callable[[Seed, float], Found]] = {
 }
 
 
-def tuned(seed: Seed, variant: str, budget: float) -> dict[float, float]:
-    """Held-out PSNR by learning rate after the fine-tune."""
+def tuned(seed: Seed, variant: str, budget: float) -> Rates:
+    """What a variant finds, after the fine-tune."""
     return seed.tuned(*VARIANTS[variant](seed, budget))
 
 
 def main(config: Config) -> None:
     """Run all variants and print the table."""
-    comparison = Comparison(config)
-    found = {
-        (variant, b): [
-            comparison.do({("ablation", variant, b, s.seed): partial(tuned, s, variant, b)})
-            for s in comparison.seeds
-        ]
-        for b in config.budgets
-        for variant in VARIANTS
-    }
+    study = Study(config)
+    pairs = [(variant, b) for b in config.budgets for variant in VARIANTS]
+    keys = {(v, b): [("ablation", v, b, s.seed) for s in study.seeds] for v, b in pairs}
+    found = study.cells.all(
+        {
+            key: partial(tuned, seed, *pair)
+            for pair in pairs
+            for key, seed in zip(keys[pair], study.seeds, strict=True)
+        }
+    )
     if config.worker is not None:
         return
-    best = {
-        key: [max(psnr.values()) for by_rate in cells for psnr in by_rate.values()]
-        for key, cells in found.items()
-    }
-    rows = [[variant, *(cell(best[variant, b]) for b in config.budgets)] for variant in VARIANTS]
+    figures = {pair: interval(at_best_rate([found[key] for key in keys[pair]])) for pair in pairs}
+    rows = [[variant, *(figures[variant, b] for b in config.budgets)] for variant in VARIANTS]
     table = markdown_table(["PSNR (dB)", *(f"{100 * b:g} %" for b in config.budgets)], rows)
-    (comparison.folder / "ablations.md").write_text(table + "\n")
+    (study.folder / "ablations.md").write_text(table + "\n")
     print(table)
 
 

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from compare import CHANNELS, Comparison, Config, Seed, cell
+from compare import CHANNELS
 from mnist_task import loss, psnr_of
+from protocol import Config, Rates, Seed, Study, at_best_rate, interval
 
 import compaware_jax as ca
 from compaware_jax import importance
@@ -72,27 +73,27 @@ def scores(seed: Seed) -> Mapping[str, np.ndarray]:
 
 def main(config: Config) -> None:
     """Fine-tune what every importance keeps and print the table."""
-    comparison = Comparison(config)
-    best: dict[tuple[str, str, float], list[float]] = {}
-    names: list[str] = []
-    for seed in comparison.seeds:
+    study = Study(config)
+    found: dict[tuple[str, str, float], list[Rates]] = {}
+    for seed in study.seeds:
         by_name = scores(seed)
-        names = list(by_name)
         for b in config.budgets:
-            found = {(CHANNELS, b, seed.seed): partial(seed.ours, b, seed.groups)}
-            plan = comparison.do(found)[CHANNELS, b, seed.seed]["plan"]
-            ours = np.array([kept for _, kept, _ in plan.counts])
+            channels = study.cells.one((CHANNELS, b, seed.seed), partial(seed.ours, b, seed.groups))
+            ours = np.array([kept for _, kept, _ in ca.Plan.from_json(channels["plan"]).counts])
             for widths, counts in (("uniform", seed.uniform(b)), ("ours", ours)):
                 for name, values in by_name.items():
-                    kept = ca.plan_units(seed.groups, keep_units(seed.groups, values, counts))
+                    plan = seed.kept_by(keep_units(seed.groups, values, counts))
                     key = ("importance", name, widths, b, seed.seed)
-                    psnr = comparison.do({key: comparison.tuned(seed, kept, seed.dense)})[key]
-                    best.setdefault((name, widths, b), []).append(max(psnr.values()))
+                    cell = study.cells.one(key, partial(seed.tuned, plan, seed.dense))
+                    found.setdefault((name, widths, b), []).append(cell)
+    if config.worker is not None:
+        return
     columns = [(widths, b) for b in config.budgets for widths in ("uniform", "ours")]
-    rows = [[name, *(cell(best[name, widths, b]) for widths, b in columns)] for name in names]
+    names = dict.fromkeys(name for name, _, _ in found)
+    rows = [[n, *(interval(at_best_rate(found[n, *column])) for column in columns)] for n in names]
     header = ["PSNR (dB)", *(f"{100 * b:g} %, {widths} widths" for widths, b in columns)]
     table = markdown_table(header, rows)
-    (comparison.folder / "importances.md").write_text(table + "\n")
+    (study.folder / "importances.md").write_text(table + "\n")
     print(table)
 
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import tyro
-from compare import Comparison, Config, Seed
 from mnist_task import METRICS, criteria_below, loss, metrics_of
+from protocol import Config, Seed, Study
+from torch_rivals import channels, torch_rivals
 
 import compaware_jax as ca
 from compaware_jax.tables import markdown_table
@@ -74,9 +76,9 @@ def answer(seed: Seed, criterion: ca.Criterion, budget: float) -> dict[str, Any]
 def proofs(seed: Seed, rivals: Sequence[str], metric: str, budget: float) -> dict[str, float]:
     """The metric of every rival's model at the budget."""
     task, found = seed.task, {}
-    for rival, by_budget in seed.rivals(seed.dense, [budget]).items():
-        if rival in rivals and budget in by_budget:
-            plan = ca.plan_units(seed.groups, by_budget[budget])
+    for rival, kept in torch_rivals(seed, seed.dense, [budget]).items():
+        if rival in rivals and kept:
+            plan = seed.kept_by(channels(seed, kept[f"{budget:g}"]))
             small = ca.slim(task.model.apply, plan)
             start, rate = ca.shrink(seed.dense, plan), seed.schedule.learning_rate
             tuned = task.fit(rival, small, start, seed.steps, rate, None)
@@ -86,20 +88,19 @@ def proofs(seed: Seed, rivals: Sequence[str], metric: str, budget: float) -> dic
 
 def main(args: Args) -> None:
     """Answer all requests and print the table."""
-    comparison = Comparison(args)
-    seed = comparison.seeds[0]
+    study = Study(args)
+    seed = study.seeds[0]
     dense = metrics_of(seed.task.model.apply, seed.dense, seed.task.held_out)
     rows, broken = [], 0
     for number in range(args.number):
         budget, metric, drop = request(number)
         (criterion,) = criteria_below(dense, {metric: drop})
         key = ("request", number, seed.seed)
-        ours = comparison.do({key: lambda c=criterion, b=budget: answer(seed, c, b)})[key]
+        ours = study.cells.one(key, partial(answer, seed, criterion, budget))
         theirs: dict[str, float] = {}
         if args.torch_python:
             key = ("request, rivals", number, seed.seed)
-            work = {key: lambda m=metric, b=budget: proofs(seed, args.rivals, m, b)}
-            theirs = comparison.do(work)[key]
+            theirs = study.cells.one(key, partial(proofs, seed, args.rivals, metric, budget))
         feasible = any(criterion.keeps(value) for value in theirs.values())
         honest = ours["said"] == criterion.keeps(ours["measured"])
         fine = honest and (ours["said"] or not feasible)
@@ -111,7 +112,7 @@ def main(args: Args) -> None:
         print(rows[-1], flush=True)
     header = ["budget", "criterion", "ours", "said", "best rival", ""]
     table = f"{markdown_table(header, rows)}\n\n{broken} of {args.number} requests broken."
-    (comparison.folder / "requests.md").write_text(table + "\n")
+    (study.folder / "requests.md").write_text(table + "\n")
     print(table)
 
 

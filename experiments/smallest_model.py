@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import tyro
-from compare import Comparison, Config, Seed
+from protocol import Config, Rates, Study
+from torch_rivals import channels, torch_rivals
 
-import compaware_jax as ca
 from compaware_jax.cost import parameter_cost
 from compaware_jax.tables import markdown_table
 
@@ -56,32 +58,28 @@ def first_that_works(budgets: list[float], works: Callable[[float], bool]) -> fl
 
 def main(args: Args) -> None:
     """Bisect every method's budget and print the table."""
-    comparison = Comparison(args)
-    seed: Seed = comparison.seeds[0]
-    budgets = grid(args)
+    study = Study(args)
+    seed, cells, budgets = study.seeds[0], study.cells, grid(args)
 
-    def psnr(name: str, budget: float, compute: Callable[[], dict[float, float]]) -> float:
-        cells = comparison.do({("smallest", name, budget, seed.seed): compute})
-        best = max(max(found.values()) for found in cells.values())
+    def works(name: str, compute: Callable[[float], Rates], budget: float) -> bool:
+        best = max(cells.one(("smallest", name, budget, seed.seed), partial(compute, budget)).values())
         print(f"{name} at {budget:.2%}: {best:.2f} dB", flush=True)
-        return best
+        return best >= args.threshold
 
-    found: dict[str, float | None] = {}
-    found["ours"] = first_that_works(
-        budgets, lambda b: psnr("ours", b, lambda: seed.ours(b, seed.all_groups)["psnr"]) >= args.threshold
-    )
+    def of_ours(budget: float) -> Rates:
+        return seed.ours(budget, seed.all_groups)["psnr"]
+
+    found = {"ours": first_that_works(budgets, partial(works, "ours", of_ours))}
     if args.torch_python:
         key = ("smallest kept", *budgets, seed.seed)
-        kept = comparison.do({key: lambda: seed.rivals(seed.dense, budgets)})[key]
-        for rival, by_budget in kept.items():
+        kept = cells.one(key, partial(torch_rivals, seed, seed.dense, budgets))
+        for rival, at in kept.items():
 
-            def works(budget: float, rival: str = rival, of: dict[float, np.ndarray] = by_budget) -> bool:
-                if budget not in of:
-                    return False
-                plan = ca.plan_units(seed.groups, of[budget])
-                return psnr(rival, budget, comparison.tuned(seed, plan, seed.dense)) >= args.threshold
+            def theirs(budget: float, at: Any = at) -> Rates:
+                return seed.tuned(seed.kept_by(channels(seed, at[f"{budget:g}"])), seed.dense)
 
-            found[rival] = first_that_works(budgets, works)
+            reached = [b for b in budgets if f"{b:g}" in at]
+            found[rival] = first_that_works(reached, partial(works, rival, theirs))
     total = parameter_cost(seed.groups).total
     ours = found["ours"] or 1.0
     rows = [
@@ -90,7 +88,7 @@ def main(args: Args) -> None:
     ]
     header = [f"PSNR ≥ {args.threshold:g} dB", "smallest budget", "parameters", "ours over it"]
     table = markdown_table(header, rows)
-    (comparison.folder / "smallest.md").write_text(table + "\n")
+    (study.folder / "smallest.md").write_text(table + "\n")
     print(table)
 
 

@@ -1,12 +1,13 @@
-"""Which channels Torch-Pruning keeps of a dense autoencoder at given budgets; called by `compare.py`.
+"""Which channels Torch-Pruning keeps of a dense autoencoder at given budgets; called by `torch_rivals.py`.
 
     python experiments/peers/torch_prune.py dense.npz kept.json --budgets 0.1 0.05
 
-`dense.npz` holds `kernels` ``w0, w1, …`` (inputs × outputs) and biases ``b0, b1, …`` of the dense layers in
-order, the number of the latent layer as `latent`, and `images` (examples × pixels) for gradients. The output
-maps each rival to budgets to, per hidden layer, the kept channels. Its ratio counts channels, not
-parameters, so the largest ratio of parameters that fits is found by bisection. The latent is left alone, to
-the rivals' favour. It runs in an environment with torch and torch-pruning.
+`dense.npz` holds, per layer in order, what it is (`kinds`), its kernel ``w0, w1, …`` ((inputs, outputs) or
+(height, width, inputs, outputs)) and its bias ``b0, b1, …``; the number of the latent layer as `latent`; and
+`images` (examples, height, width, 1) for gradients, with the `outputs` that the model must give. What is
+written maps each rival to budgets to, per hidden layer, the kept channels. Torch-Pruning's ratio counts
+channels, not parameters, so the smallest one with which the parameters fit is found by bisection. The latent
+is left alone, to the rivals' favour. It runs in an environment with torch and torch-pruning.
 """
 
 from __future__ import annotations
@@ -33,22 +34,79 @@ RIVALS: dict[str, tuple[Callable[[], tp.importance.Importance], bool]] = {
 
 
 class Autoencoder(nn.Module):
-    """Dense layers with ReLU between them; none after the latent, a sigmoid at the end."""
+    """A chain of layers with ReLU between them; none after the latent, a sigmoid at the end.
 
-    def __init__(self, kernels: list[np.ndarray], biases: list[np.ndarray], latent: int):
+    Attributes:
+      layers: linear, or convolutions of stride 2, or over a whole image.
+      latent: the number of the latent layer.
+      pairs: per layer the weights that one input channel has with one output channel.
+      biases: per layer the biases of one output channel.
+    """
+
+    def __init__(self, kinds: list[str], kernels: list[np.ndarray], biases: list[np.ndarray], latent: int):
         super().__init__()
-        self.latent = latent
-        self.layers = nn.ModuleList(nn.Linear(*kernel.shape) for kernel in kernels)
-        for layer, kernel, bias in zip(self.layers, kernels, biases, strict=True):
-            layer.weight.data = torch.tensor(kernel.T.copy())
-            layer.bias.data = torch.tensor(bias)
+        self.kinds, self.latent = kinds, latent
+        self.layers = nn.ModuleList(LAYERS[k](w) for k, w in zip(kinds, kernels, strict=True))
+        self.pairs = [int(np.prod(kernel.shape[:-2])) for kernel in kernels]
+        self.biases = [bias.size // kernel.shape[-1] for kernel, bias in zip(kernels, biases, strict=True)]
+        # A layer whose channels have several biases adds them as a constant.
+        self.offsets: list[torch.Tensor | None] = []
+        for layer, kind, kernel, bias in zip(self.layers, kinds, kernels, biases, strict=True):
+            layer.weight.data = weight(kind, kernel)
+            grown = bias.size > kernel.shape[-1]
+            layer.bias.data = torch.zeros(kernel.shape[-1]) if grown else torch.tensor(bias)
+            image = torch.tensor(bias).reshape(*kernel.shape[:-2], -1).movedim(-1, 0) if grown else None
+            self.offsets.append(image)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The reconstruction."""
-        for number, layer in enumerate(self.layers[:-1]):
-            x = layer(x)
-            x = x if number == self.latent else torch.relu(x)
-        return torch.sigmoid(self.layers[-1](x))
+        for number, (kind, layer) in enumerate(zip(self.kinds, self.layers, strict=True)):
+            size = x.shape[-1]
+            # Padding "same" of a stride of 2 is one-sided.
+            x = layer(nn.functional.pad(x, (0, 1, 0, 1)) if kind == "down" else x)
+            x = x[..., : 2 * size, : 2 * size] if kind == "up" else x
+            offset = self.offsets[number]
+            x = x if offset is None else x + offset
+            if number < len(self.layers) - 1:
+                x = x if number == self.latent else torch.relu(x)
+        return torch.sigmoid(x)
+
+    def parameters_of(self, widths: list[int]) -> int:
+        """The number of parameters with these output channels of the layers."""
+        inputs = [self.inputs, *widths[:-1]]
+        sizes = zip(self.pairs, self.biases, inputs, widths, strict=True)
+        return sum((pair * before + bias) * width for pair, bias, before, width in sizes)
+
+    @property
+    def inputs(self) -> int:
+        """Input channels of the model, which stay."""
+        first = self.layers[0]
+        return first.in_features if self.kinds[0] == "linear" else first.in_channels
+
+    @property
+    def widths(self) -> list[int]:
+        """Output channels of all layers."""
+        return [getattr(layer, "out_features", None) or layer.out_channels for layer in self.layers]
+
+
+LAYERS: dict[str, Callable[[np.ndarray], nn.Module]] = {
+    "linear": lambda w: nn.Linear(*w.shape),
+    "down": lambda w: nn.Conv2d(*w.shape[2:], w.shape[:2], stride=2),
+    "whole": lambda w: nn.Conv2d(*w.shape[2:], w.shape[:2]),
+    "grow": lambda w: nn.ConvTranspose2d(*w.shape[2:], w.shape[:2]),
+    "up": lambda w: nn.ConvTranspose2d(*w.shape[2:], w.shape[:2], stride=2),
+}
+
+
+def weight(kind: str, kernel: np.ndarray) -> torch.Tensor:
+    """A kernel in PyTorch's layout."""
+    if kind == "linear":
+        return torch.tensor(kernel.T.copy())
+    if kind in ("down", "whole"):
+        return torch.tensor(kernel.transpose(3, 2, 0, 1).copy())
+    # Flax does not flip the kernel of a transposed convolution.
+    flipped = kernel[::-1, ::-1] if kind == "up" else kernel
+    return torch.tensor(flipped.transpose(2, 3, 0, 1).copy())
 
 
 def differentiate(model: Autoencoder, importance: tp.importance.Importance, images: torch.Tensor) -> None:
@@ -69,7 +127,7 @@ def prune(dense: Autoencoder, images: torch.Tensor, rival: str, ratio: float) ->
     make, is_global = RIVALS[rival]
     model, importance = copy.deepcopy(dense), make()
     differentiate(model, importance, images)
-    kept = [list(range(layer.out_features)) for layer in model.layers[:-1]]
+    kept = [list(range(width)) for width in model.widths[:-1]]
     number = {layer: i for i, layer in enumerate(model.layers)}
     pruner = tp.pruner.MetaPruner(
         model,
@@ -85,9 +143,8 @@ def prune(dense: Autoencoder, images: torch.Tensor, rival: str, ratio: float) ->
         layer = number[dependency.target.module]
         kept[layer] = [channel for channel in kept[layer] if channel not in gone]
         group.prune()
-    widths = [layer.out_features for layer in model.layers[:-1]]
-    assert widths == [len(channels) for channels in kept], (widths, rival)
-    return sum(p.numel() for p in model.parameters()), kept
+    assert model.widths[:-1] == [len(channels) for channels in kept], (model.widths, rival)
+    return dense.parameters_of(model.widths), kept
 
 
 def main() -> None:
@@ -98,11 +155,14 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", required=True)
     arguments = parser.parse_args()
     data = np.load(arguments.dense)
-    layers = len([name for name in data if name.startswith("w")])
-    kernels, biases = ([data[f"{kind}{i}"] for i in range(layers)] for kind in "wb")
-    dense = Autoencoder(kernels, biases, int(data["latent"]))
-    images = torch.tensor(data["images"])
-    total = sum(p.numel() for p in dense.parameters())
+    kinds = data["kinds"].tolist()
+    kernels, biases = ([data[f"{letter}{i}"] for i in range(len(kinds))] for letter in "wb")
+    dense = Autoencoder(kinds, kernels, biases, int(data["latent"]))
+    images = torch.tensor(data["images"]).movedim(-1, 1)
+    images = images.flatten(1) if kinds[0] == "linear" else images
+    outputs = dense(images).detach().numpy().reshape(data["outputs"].shape)
+    np.testing.assert_allclose(outputs, data["outputs"], atol=1e-4)
+    total = dense.parameters_of(dense.widths)
     result: dict[str, dict[str, list[list[int]]]] = {}
     for rival in RIVALS:
         for budget in arguments.budgets:

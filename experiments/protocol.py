@@ -1,0 +1,208 @@
+"""The protocol of all comparisons: what everyone starts from, and the same fine-tune for everyone.
+
+A seed fixes the dense weights, the order of the data and the search. A model is tuned at all learning rates
+at once (they are lanes of a vmap); a method's figure is its mean over seeds at the rate that is best for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cells import Cells
+from mnist_autoencoder import SCHEDULES, Schedule
+from mnist_task import Data, Preset, Task, loss, psnr_of
+from scipy import stats
+
+import compaware_jax as ca
+from compaware_jax.coefficients import on_budget
+from compaware_jax.cost import parameter_cost
+from compaware_jax.fit import adam_cosine, fit_step
+from compaware_jax.groups import Groups
+from compaware_jax.importance import l2
+from compaware_jax.select import keep_units, round_counts, uniform_counts
+
+CHUNK = 500
+
+Rates = dict[str, float]
+"""Held-out PSNR by learning rate."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings.
+
+    Attributes:
+      data: which images, as in the main experiment.
+      model: preset of the autoencoder.
+      budgets: shares of the parameters that may stay.
+      seeds: of the dense model, the data order and the search.
+      rates: learning rates of the fine-tune; everyone gets the best.
+      dense_steps: of the dense training; default that of the main experiment.
+      search: settings of ours.
+      fine_tune: steps after pruning, for everyone; default that of the main experiment.
+      batch: batch size.
+      torch_python: Python of an environment with torch and torch-pruning; without it, no such rivals.
+      worker: this worker's number and how many there are; tables are made without it.
+      out: where runs are kept.
+    """
+
+    data: Data = "auto"
+    model: Preset = "dense"
+    budgets: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1, 0.05, 0.03)
+    seeds: int = 5
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    dense_steps: int | None = None
+    search: ca.GradientSearch = field(default_factory=ca.GradientSearch)
+    fine_tune: int | None = None
+    batch: int = 128
+    torch_python: str | None = None
+    worker: tuple[int, int] | None = None
+    out: Path = Path("runs/compare")
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One seed's task, dense model and groups."""
+
+    config: Config
+    cells: Cells
+    seed: int
+
+    @cached_property
+    def task(self) -> Task:
+        """Data in this seed's order, and the model."""
+        return Task(self.config.data, self.config.model, batch=self.config.batch, seed=self.seed)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Steps and learning rates of the main experiment."""
+        return SCHEDULES[self.config.model, self.task.data.source]
+
+    @property
+    def steps(self) -> int:
+        """Fine-tune steps."""
+        return self.config.fine_tune or self.schedule.fine_tune
+
+    @cached_property
+    def dense(self) -> Any:
+        """The dense weights that everyone starts from."""
+        steps = self.config.dense_steps or self.schedule.dense_steps
+        train = partial(self.task.dense, steps, self.schedule.dense_learning_rate, None)
+        return self.cells.arrays(("dense", self.seed), self.fresh, train)
+
+    def trained_on(self, steps: int) -> Any:
+        """The dense weights after more steps, for rivals that spend our search's time so."""
+        rate, apply = self.schedule.dense_learning_rate, self.task.model.apply
+        train = partial(self.task.fit, "more", apply, self.dense, steps, rate, None)
+        return self.cells.arrays(("dense trained on", self.seed), self.fresh, train)
+
+    @cached_property
+    def fresh(self) -> Any:
+        """Untrained weights for models from scratch."""
+        return self.task.model.init(jax.random.fold_in(self.task.init_key, 1))
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The channels that can leave: what rivals know of."""
+        return self.task.groups(self.fresh, boundary=False)
+
+    @cached_property
+    def all_groups(self) -> Groups:
+        """Pixels that are read or written as well."""
+        return self.task.groups(self.fresh)
+
+    def tuned(self, plan: ca.Plan | None, start: Any) -> Rates:
+        """Held-out PSNR by learning rate after the fine-tune of what a plan keeps of the weights."""
+        apply = self.task.model.apply if plan is None else ca.slim(self.task.model.apply, plan)
+        start = start if plan is None else ca.shrink(start, plan)
+        rates, chunk = jnp.array(self.config.rates), math.gcd(self.steps, CHUNK)
+
+        def rule(rate: jax.Array) -> Any:
+            return fit_step(apply, loss, self.task.batches, adam_cosine(rate, self.steps))  # type: ignore[arg-type]
+
+        @jax.jit
+        def run(states: Any, first: jax.Array) -> Any:
+            def step(states: Any, index: jax.Array) -> Any:
+                return jax.vmap(lambda rate, state: rule(rate)[1](state, index)[0])(rates, states), None
+
+            return jax.lax.scan(step, states, first + jnp.arange(chunk))[0]
+
+        states = jax.vmap(lambda rate: rule(rate)[0](start))(rates)
+        for first in range(0, self.steps, chunk):
+            states = run(states, jnp.asarray(first))
+        measure = jax.jit(lambda v: psnr_of(apply, v, self.task.held_out))
+        return {
+            f"{rate:g}": float(measure(jax.tree.map(lambda x, i=i: x[i], states.variables)))
+            for i, rate in enumerate(self.config.rates)
+        }
+
+    def ours(self, budget: float, groups: Groups) -> dict[str, Any]:
+        """What `compress` does with its defaults, fine-tuned at all learning rates as the rivals are.
+
+        Returns:
+          A cell's content: "psnr" by learning rate, "plan" as JSON text, "seconds" of the search.
+        """
+        plan, weights, seconds = self.task.search(
+            self.config.search, self.dense, groups, budget, self.task.search_key
+        )
+        return {"psnr": self.tuned(plan, weights), "plan": plan.to_json(), "seconds": seconds}
+
+    def kept_by(self, units: np.ndarray) -> ca.Plan:
+        """The plan that keeps channels, as rivals name them."""
+        return ca.plan_units(self.groups, units)
+
+    def plan_of(self, counts: np.ndarray, weights: Any) -> ca.Plan:
+        """The plan with these counts of channels, the best by L2."""
+        return self.kept_by(keep_units(self.groups, np.asarray(l2(self.groups, weights)), counts))
+
+    def uniform(self, budget: float) -> np.ndarray:
+        """The same share of every group of channels but the latent."""
+        whole = [i for i, group in enumerate(self.groups.groups) if group.coupling]
+        return uniform_counts(parameter_cost(self.groups), ca.params(budget).limit(self.groups), whole=whole)
+
+    def random(self, budget: float, number: int) -> np.ndarray:
+        """Random counts on the budget: shares log-uniform over a factor of sixteen."""
+        cost = parameter_cost(self.groups)
+        rng = np.random.default_rng([number, round(1e4 * budget)])
+        shares = jnp.asarray(rng.uniform(-2, 2, len(self.groups.groups)) * np.log(2), float)
+        share = np.exp(np.asarray(on_budget(cost, shares, budget))) / self.groups.sizes
+        return round_counts(cost, share, ca.params(budget).limit(self.groups))
+
+
+class Study:
+    """The cells and seeds of a comparison; experiments with the same settings share them.
+
+    Attributes:
+      folder: where results go.
+      cells: finished ones.
+      seeds: as many as asked for.
+    """
+
+    def __init__(self, config: Config):
+        source = Task(config.data, config.model, batch=config.batch, seed=0).data.source
+        self.folder = config.out / f"{config.model}-{source}"
+        self.cells = Cells(self.folder / "cells", config.worker)
+        self.seeds = [Seed(config, self.cells, number) for number in range(config.seeds)]
+
+
+def at_best_rate(by_seed: Sequence[Mapping[str, float]]) -> list[float]:
+    """A method's PSNR per seed, at the one learning rate that is best for its mean."""
+    best = max(by_seed[0], key=lambda rate: np.mean([found[rate] for found in by_seed]))
+    return [found[best] for found in by_seed]
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and 95 % interval (Student's t over seeds)."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.2f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{mean:.2f} ± {half:.2f}"
