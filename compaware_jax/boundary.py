@@ -94,7 +94,7 @@ def _information(problem: Problem, variables: Any, steps: int) -> Float[Array, "
     def see(seen: Evidence, index: jax.Array) -> tuple[Evidence, None]:
         batch = problem.batches(index)
         gradients = jax.grad(lambda v: problem.loss(problem.apply, v, batch))(variables)
-        return observe(seen, problem.groups, variables, gradients, smoothing=1), None
+        return observe(seen, problem.groups, variables, gradients, smoothing=1.0), None
 
     start = no_evidence(problem.groups)
     return fisher(jax.jit(lambda: jax.lax.scan(see, start, jnp.arange(steps))[0])())

@@ -21,13 +21,13 @@ from compaware_jax.trace import Block, Equation
 def place(eqn: Equation) -> str | None:
     """Where JAX itself defines the function of a call together with its rule, if it does."""
     body = eqn.params["call_jaxpr"].jaxpr
-    place = getattr(getattr(body, "debug_info", None), "func_src_info", None) or ""
-    name, _, file = place.partition(f" at {os.path.dirname(jax.__file__)}{os.sep}")
+    shown = getattr(getattr(body, "debug_info", None), "func_src_info", None) or ""
+    name, _, file = shown.partition(f" at {os.path.dirname(jax.__file__)}{os.sep}")
     module = sys.modules.get("jax." + file.partition(".py")[0].replace(os.sep, "."))
     # A function of JAX's under a user's own rule shows the same place: it is plain in its module, or a call
     # inside this one.
     own = isinstance(getattr(module, name, None), jax.custom_jvp)
-    return place if own and not any(inner.bodies for inner in eqn.bodies[0].equations) else None
+    return shown if own and not any(inner.bodies for inner in eqn.bodies[0].equations) else None
 
 
 def identity(eqn: Equation) -> tuple[Any, ...]:

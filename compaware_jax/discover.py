@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from jax.extend.core import primitives as p
 
+from compaware_jax.analysis import Analysis
 from compaware_jax.errors import TraceError
 from compaware_jax.factors import Cuts
 from compaware_jax.groups import COLLECTIONS, FixedAxis, Group, Groups, Leaf, default_component, leaves_of
-from compaware_jax.propagate import Analysis, analyse
+from compaware_jax.propagate import analyse
 from compaware_jax.trace import Program, trace
 from compaware_jax.work import work_of
 
@@ -242,8 +243,7 @@ def _joined(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fixed_axis(analysis: Analysis, leaf: Leaf, axis: int, value: int, units: np.ndarray) -> FixedAxis:
-    factor = next(f for f in analysis.factors[value] if axis in f.axes)
-    classes = analysis.solution.labels[factor.ids][units < 0]
+    classes = analysis.solution.labels[analysis.factor(value, axis).ids][units < 0]
     for label in classes:
         reason = analysis.solution.fixed.get(label) or analysis.solution.inexact.get(label)
         if reason:

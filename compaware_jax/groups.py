@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from compaware_jax.propagate import Analysis
+from compaware_jax.analysis import Analysis
 from compaware_jax.tables import text_table
 from compaware_jax.trace import named_leaves
 

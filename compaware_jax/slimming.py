@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
+from compaware_jax.analysis import Analysis
 from compaware_jax.derivatives import derivative_of
 from compaware_jax.factors import Factor, Tracked
-from compaware_jax.propagate import Analysis, analyse_seeded
+from compaware_jax.propagate import analyse_seeded
 from compaware_jax.rules import REGIONS, RULES, Kept, Small
 from compaware_jax.rules.families import scatter, small_shape, take
 from compaware_jax.trace import Block, Equation, flatten

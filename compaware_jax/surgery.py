@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from compaware_jax.analysis import Analysis
 from compaware_jax.errors import PlanError
 from compaware_jax.groups import COLLECTIONS, Groups
 from compaware_jax.plan import Plan
-from compaware_jax.propagate import Analysis, analyse
+from compaware_jax.propagate import analyse
 from compaware_jax.rules.families import scatter, take
 from compaware_jax.slimming import FullWidth, run_small
 from compaware_jax.trace import named_leaves, on_host, path_name, trace

@@ -146,7 +146,8 @@ def test_second_order_scores_predict_a_removal(scored):
     )
 
 
-def test_evidence_of_steps(scored):
+@pytest.mark.parametrize("smoothing", [0.5, 1.0])
+def test_evidence_of_steps(scored, smoothing):
     apply, variables, args, groups = scored
     variables = jax.tree.map(jnp.asarray, variables)
 
@@ -157,7 +158,7 @@ def test_evidence_of_steps(scored):
     evidence, slopes, norms = importance.no_evidence(groups), [], []
     for seed in range(4):
         gradients = jax.grad(loss)(variables, seed)
-        evidence = importance.observe(evidence, groups, variables, gradients, smoothing=0.5)
+        evidence = importance.observe(evidence, groups, variables, gradients, smoothing=smoothing)
         slopes.append(
             [
                 sum((w * g).sum() for w, g in zip(*parts, strict=True))
@@ -168,7 +169,7 @@ def test_evidence_of_steps(scored):
             ]
         )
         norms.append(np.sqrt(importance.unit_sum(groups, jax.tree.map(jnp.square, gradients))))
-    weights = 0.5 ** np.arange(3, -1, -1.0)
+    weights = smoothing ** np.arange(3, -1, -1.0)
     weights /= weights.sum()  # Moving means, corrected for the first steps.
     slopes = np.array(slopes)
     np.testing.assert_allclose(evidence.slope, weights @ slopes, rtol=1e-3, atol=1e-5)

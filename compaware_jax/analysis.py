@@ -1,0 +1,128 @@
+"""What the coupling analysis found: which indices of which axes leave together, and which never do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from compaware_jax.factors import USUAL, Choice, Cuts, Factor, Factors, Solution
+from compaware_jax.rules import Kept
+from compaware_jax.trace import Program
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What leaves together in a program.
+
+    Attributes:
+      program: the program analysed.
+      factors: per value id its factors (their atoms index `solution.labels`).
+      solution: classes of atoms; joint factors are rectangles under it.
+      unknown: where primitives without a rule were met.
+      choices: choices of how to cut that were met.
+      cuts: how it was cut where there was a choice, the choices taken included.
+      boundary: classes of weights that leave apart from a contraction that reads them.
+    """
+
+    program: Program
+    factors: Mapping[int, Factors]
+    solution: Solution
+    unknown: tuple[str, ...]
+    choices: frozenset[Choice] = frozenset()
+    cuts: Cuts = USUAL
+    boundary: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    _labels: dict[int, tuple[np.ndarray | None, ...]] = field(default_factory=dict)
+    _along: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
+
+    @cached_property
+    def free(self) -> np.ndarray:
+        """Boolean array over classes: which ones may leave."""
+        return self.solution.free()
+
+    @cached_property
+    def units(self) -> int:
+        """How many classes of the leaves' indices may leave."""
+        found = [f.ids.ravel() for v in self.program.leaf_values for f in self.factors.get(v, ())]
+        labels = self.solution.labels[np.concatenate(found)] if found else np.zeros(0, int)
+        return int(self.free[np.unique(labels)].sum())
+
+    def labels(self, value: int) -> tuple[np.ndarray | None, ...]:
+        """Per axis of a value the class of each index (-1: fixed), or None where nothing is tracked."""
+        if value not in self._labels:
+            result: list[np.ndarray | None] = [None] * len(self.program.avals[value].shape)
+            for factor in self.factors.get(value, ()):
+                # Element-wise operations hand on the very array: many values share it.
+                if id(factor.ids) not in self._along:
+                    self._along[id(factor.ids)] = self._line(factor.ids)
+                position, labels = self._along[id(factor.ids)]
+                result[factor.axes[position]] = labels
+            self._labels[value] = tuple(result)
+        return self._labels[value]
+
+    def factor(self, value: int, axis: int) -> Factor:
+        """The factor that covers an axis of a value that has labels there."""
+        return next(f for f in self.factors[value] if axis in f.axes)
+
+    def together(self, axes: Sequence[tuple[int, int]]) -> np.ndarray | None:
+        """Classes of the indices of (value id, axis) pairs that run along one another; see `labels`."""
+        result = None
+        for value, axis in axes:
+            labels = self.labels(value)[axis]
+            if result is None or labels is None:
+                result = labels if result is None else result
+            else:
+                result = np.where(result < 0, labels, result)
+        return result
+
+    def reason(self, value: int, axis: int) -> str:
+        """Why the first index of an axis that never leaves does not."""
+        factor = self.factor(value, axis)
+        fixed = (self.solution.fixed.get(label) for label in self.solution.labels[factor.ids].ravel())
+        return next((reason for reason in fixed if reason), "")
+
+    def zero(self, value: int) -> tuple[bool, ...]:
+        """Per axis of a value whether dead positions are zero in the masked network."""
+        result = [True] * len(self.program.avals[value].shape)
+        for factor in self.factors.get(value, ()):
+            for axis in factor.axes:
+                result[axis] = factor.zero
+        return tuple(result)
+
+    def kept(self, value: int, alive: np.ndarray) -> Kept:
+        """Per axis the indices whose class is alive, or None where all are.
+
+        Args:
+          value: a value id.
+          alive: boolean array over classes; fixed classes count as alive.
+        """
+        result = []
+        for labels in self.labels(value):
+            index = None
+            if labels is not None:
+                alive_here = (labels < 0) | alive[labels]
+                index = None if alive_here.all() else np.flatnonzero(alive_here)
+            result.append(index)
+        return tuple(result)
+
+    @cached_property
+    def _open(self) -> np.ndarray:
+        """Per atom its class, or -1 where it is fixed."""
+        labels = self.solution.labels
+        return np.where(self.free[labels], labels, -1)
+
+    def _line(self, ids: np.ndarray) -> tuple[int, np.ndarray]:
+        """The position of the one axis of a factor that its classes depend on, and the classes along it."""
+        labels = self._open[ids]
+        if labels.ndim == 1:
+            return 0, labels
+        varying = [p for p in range(labels.ndim) if varies(labels, p)]
+        position = varying[0] if varying else labels.ndim - 1
+        return position, labels[tuple(slice(None) if p == position else 0 for p in range(labels.ndim))]
+
+
+def varies(labels: np.ndarray, position: int) -> bool:
+    """Whether labels differ along one of their axes."""
+    return labels.shape[position] > 1 and bool((labels != np.take(labels, [0], axis=position)).any())
