@@ -17,21 +17,31 @@ import compaware_jax as ca
 ROOT = Path(__file__).parents[1]
 
 
-def run(script, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "experiments" / script), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs an experiment; what one run compiled, the next does not compile again."""
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def run(script, *arguments):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "experiments" / script), *arguments],
+            env={**os.environ, **compiled, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
 
 
 @pytest.mark.parametrize("model", ["dense", "conv"])
-def test_main_job(tmp_path, model):
+def test_main_job(run, tmp_path, model):
     steps = "60" if model == "dense" else "10"
     arguments = (
         "--data", "embedded", "--model", model, "--budget", "0.3", "--dense-steps", steps,
@@ -62,7 +72,7 @@ def test_main_job(tmp_path, model):
     assert (folder / "metrics.json").read_bytes() == before
 
 
-def test_sweep(tmp_path):
+def test_sweep(run, tmp_path):
     output = run(
         "sweep_budgets.py", "--budgets", "0.1", "0.4", "--seeds", "1", "--data", "embedded",
         "--dense-steps", "50", "--search.steps", "50", "--fine-tune", "50", "--out", str(tmp_path),
@@ -75,10 +85,11 @@ def test_sweep(tmp_path):
     assert (tmp_path / "sweep" / "trade_off.png").stat().st_size > 10_000
 
 
-def test_comparison(tmp_path):
+def test_comparison(run, tmp_path):
     """Without a peer's environment: ours, fresh models, and the table; a second run reads its cells."""
     arguments = (
-        "--data", "embedded", "--seeds", "1", "--budgets", "0.1", "--random-widths", "1", "--rates", "2e-3",
+        "--data", "embedded", "--seeds", "1", "--budgets", "0.1", "--rates", "2e-3",
+        "--random-widths", "1", "--random-budgets", "0.1",
         "--dense-steps", "40", "--search.steps", "40", "--fine-tune", "40", "--out", str(tmp_path),
     )  # fmt: skip
     first = run("compare.py", *arguments)
@@ -90,7 +101,7 @@ def test_comparison(tmp_path):
     assert run("compare.py", *arguments).strip() == table.strip()
 
 
-def test_unknown_data_source_is_refused(tmp_path):
+def test_unknown_data_source_is_refused(run, tmp_path):
     with pytest.raises(AssertionError, match="invalid choice"):
         run("mnist_autoencoder.py", "--data", "cifar", "--out", str(tmp_path))
 
