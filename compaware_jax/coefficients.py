@@ -270,6 +270,11 @@ class GradientSearch:
         )
 
 
+# The least share of all that can pay which sets the price: at the start nearly everything is whole, and the
+# few that are not would set one that is noise many times larger than any slope.
+_PAYING = 0.5
+
+
 def _tangent(
     cost: Cost, log_counts: jax.Array, gradient: jax.Array, free: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -278,5 +283,7 @@ def _tangent(
     Only groups that are not whole can pay for others, so only they set the multiplier.
     """
     by_cost = jax.grad(lambda x: jnp.log(cost(jnp.exp(x))))(log_counts)
-    price = -jnp.sum(free * gradient) / jnp.maximum(jnp.sum(free * by_cost), 1e-6)
+    can_pay = jnp.sum(by_cost, where=cost.least < cost.most)
+    paying = jnp.maximum(jnp.sum(free * by_cost), _PAYING * can_pay)
+    price = -jnp.sum(free * gradient) / jnp.maximum(paying, 1e-6)
     return gradient + price * by_cost, price

@@ -63,7 +63,8 @@ def trade_off_figure(
             x, y = np.array(sorted(series)).T
             colour = COLOURS[number % len(COLOURS)]
             marker = "osD^vPX"[number % 7]
-            line = "-" if len(set(x)) > 1 else "none"
+            # Where colours begin anew, lines are dashed.
+            line = ("-", "--", ":")[number // len(COLOURS) % 3] if len(set(x)) > 1 else "none"
             axes.plot(
                 x,
                 y,

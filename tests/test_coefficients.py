@@ -76,6 +76,17 @@ def test_tangent_gradient_leaves_the_cost_alone(trained):
     np.testing.assert_allclose(tangent, gradient + price * by_cost, rtol=1e-5)
 
 
+def test_few_that_can_pay_do_not_set_a_wild_price(trained):
+    """At the start nearly all is whole; what the cheap group alone would pay is noise times a large factor."""
+    _, groups = trained
+    cost = parameter_cost(groups)
+    log_counts = jnp.log(jnp.asarray(groups.sizes, float))
+    by_cost = jax.grad(lambda x: jnp.log(cost(jnp.exp(x))))(log_counts)
+    cheap = jnp.arange(3) == jnp.argmin(by_cost)
+    _, price = _tangent(cost, log_counts, -1.0 * cheap, cheap)
+    assert 0 < price <= 2.001 / by_cost.sum() < 1 / by_cost.min()
+
+
 def test_augmented_lagrangian():
     criterion = ca.at_most("x", lambda f, v, b: v, 1.0)
     judged = ca.at_most("y", lambda f, v, b: v, 0.0, trainable=False)
