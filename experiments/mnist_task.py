@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,11 @@ from compaware_jax.coefficients import Problem, SearchMethod
 from compaware_jax.cost import parameter_cost
 from compaware_jax.criteria import measure
 from compaware_jax.data import ImageSet, fashion_mnist, mnist, resident, whole
+from compaware_jax.importance import l2
 from compaware_jax.loop import run_steps
 from compaware_jax.metrics import knn_accuracy, linear_accuracy, psnr, ssim, worst_class_psnr
 from compaware_jax.models import Autoencoder, autoencoder
-from compaware_jax.select import keep_units, round_counts
+from compaware_jax.select import keep_units, round_counts, uniform_counts
 
 Data = Literal["auto", "tfds", "embedded", "fashion"]
 Preset = Literal["dense", "conv"]
@@ -28,6 +30,28 @@ Apply = Callable[..., dict[str, jax.Array]]
 Batch = dict[str, jax.Array]
 
 IMAGE = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the settings leave open by default: it depends on the model and the data."""
+
+    budget: float
+    dense_steps: int
+    dense_learning_rate: float
+    fine_tune: int
+    learning_rate: float
+
+
+# Dense models train to convergence on held-out images; more steps on the embedded ones overfit.
+SCHEDULES = {
+    ("dense", "tfds"): Schedule(0.1, 6_000, 1e-3, 10_000, 4e-3),
+    ("dense", "fashion"): Schedule(0.1, 6_000, 1e-3, 10_000, 4e-3),
+    ("dense", "embedded"): Schedule(0.1, 3_000, 1e-3, 5_000, 2e-3),
+    ("conv", "tfds"): Schedule(0.3, 6_000, 2e-3, 10_000, 2e-3),
+    ("conv", "fashion"): Schedule(0.3, 6_000, 2e-3, 10_000, 2e-3),
+    ("conv", "embedded"): Schedule(0.3, 2_000, 2e-3, 2_000, 2e-3),
+}
 
 
 def loss(apply: Apply, variables: Any, batch: Batch) -> jax.Array:
@@ -152,6 +176,19 @@ class Task:
           boundary: pixels too; rivals know of channels only.
         """
         return ca.find_groups(self.model.apply, variables, IMAGE, released=("latent",), boundary=boundary)
+
+
+def uniform_plan(groups: ca.Groups, dense: Any, budget: float) -> ca.Plan:
+    """Same share of every group, best units by L2 norm; the latent is left alone, to the rival's favour."""
+    return ca.plan_units(
+        groups, keep_units(groups, np.asarray(l2(groups, dense)), uniform_widths(groups, budget))
+    )
+
+
+def uniform_widths(groups: ca.Groups, budget: float) -> np.ndarray:
+    """The same share of every group on a budget of parameters, the latent whole: counts per group."""
+    whole = [i for i, group in enumerate(groups.groups) if group.coupling]
+    return uniform_counts(parameter_cost(groups), ca.params(budget).limit(groups), whole=whole)
 
 
 def latencies(

@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cells import Cells
-from mnist_autoencoder import SCHEDULES, Schedule
-from mnist_task import Data, Preset, Task, loss, psnr_of
+from mnist_task import SCHEDULES, Data, Preset, Schedule, Task, loss, psnr_of, uniform_widths
 from scipy import stats
 
 import compaware_jax as ca
@@ -27,7 +26,7 @@ from compaware_jax.cost import parameter_cost
 from compaware_jax.fit import adam_cosine, fit_step
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
-from compaware_jax.select import keep_units, round_counts, uniform_counts
+from compaware_jax.select import keep_units, round_counts
 
 CHUNK = 500
 
@@ -165,8 +164,7 @@ class Seed:
 
     def uniform(self, budget: float) -> np.ndarray:
         """The same share of every group of channels but the latent."""
-        whole = [i for i, group in enumerate(self.groups.groups) if group.coupling]
-        return uniform_counts(parameter_cost(self.groups), ca.params(budget).limit(self.groups), whole=whole)
+        return uniform_widths(self.groups, budget)
 
     def random(self, budget: float, number: int) -> np.ndarray:
         """Random counts on the budget: shares log-uniform over a factor of sixteen."""

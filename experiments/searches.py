@@ -18,8 +18,7 @@ from typing import Any
 
 import jax
 import tyro
-from mnist_autoencoder import SCHEDULES
-from mnist_task import Data, Preset, Task, loss, psnr_of
+from mnist_task import SCHEDULES, Data, Preset, Task, loss, psnr_of
 
 import compaware_jax as ca
 from compaware_jax.tables import markdown_table

@@ -77,7 +77,7 @@ def test_tangent_gradient_leaves_the_cost_alone(trained):
 
 
 def test_few_that_can_pay_do_not_set_a_wild_price(trained):
-    """At the start nearly all is whole; what the cheap group alone would pay is noise times a large factor."""
+    """At the start nearly all is whole: what a cheap group alone would pay is noise times a large factor."""
     _, groups = trained
     cost = parameter_cost(groups)
     log_counts = jnp.log(jnp.asarray(groups.sizes, float))

@@ -108,8 +108,7 @@ def test_unknown_data_source_is_refused(run, tmp_path):
 
 def test_every_data_set_has_a_schedule_for_every_preset(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments")
-    from mnist_autoencoder import SCHEDULES
-    from mnist_task import Data, Preset
+    from mnist_task import SCHEDULES, Data, Preset
 
     named = set(product(get_args(Preset), get_args(Data)))
     assert named - set(SCHEDULES) == {("dense", "auto"), ("conv", "auto")}, "auto is one of the others"
