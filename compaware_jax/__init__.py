@@ -19,8 +19,9 @@ from compaware_jax.masks import apply_mask, mask
 from compaware_jax.optimizers import shrink_optimizer
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.rules import register_rule
+from compaware_jax.small_function import slim, uncut
 from compaware_jax.smallest import Smallest, smallest
-from compaware_jax.surgery import expand, shrink, slim, uncut
+from compaware_jax.surgery import expand, shrink
 from compaware_jax.sweep import sweep
 
 __all__ = [

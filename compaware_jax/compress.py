@@ -23,7 +23,8 @@ from compaware_jax.loop import run_steps
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.request import check_request, describe_request
 from compaware_jax.select import keep_units, round_counts
-from compaware_jax.surgery import Uncut, shrink, slim, uncut, work_in
+from compaware_jax.small_function import Uncut, slim, uncut, work_in
+from compaware_jax.surgery import shrink
 
 _LOG = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ import numpy as np
 from compaware_jax.groups import Groups
 from compaware_jax.masks import apply_mask
 from compaware_jax.plan import plan_units
-from compaware_jax.surgery import shrink, slim
+from compaware_jax.small_function import slim
+from compaware_jax.surgery import shrink
 
 
 def random_keep(groups: Groups, rng: np.random.Generator, share: float = 0.5) -> np.ndarray:

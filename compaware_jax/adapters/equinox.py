@@ -25,7 +25,8 @@ from compaware_jax.adapters.calls import Static, hashable, split_arrays
 from compaware_jax.adapters.rebuilt import compare
 from compaware_jax.errors import TraceError
 from compaware_jax.plan import Plan
-from compaware_jax.surgery import shrink, slim
+from compaware_jax.small_function import slim
+from compaware_jax.surgery import shrink
 
 
 def functional(

@@ -17,7 +17,8 @@ from compaware_jax.adapters.layers import update_attributes
 from compaware_jax.adapters.rebuilt import compare
 from compaware_jax.errors import TraceError
 from compaware_jax.plan import Plan
-from compaware_jax.surgery import shrink, slim
+from compaware_jax.small_function import slim
+from compaware_jax.surgery import shrink
 from compaware_jax.trace import named_leaves
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from compaware_jax.errors import PlanError
 from compaware_jax.plan import Plan
-from compaware_jax.surgery import shrink, slim
+from compaware_jax.small_function import slim
+from compaware_jax.surgery import shrink
 from compaware_jax.trace import named_leaves
 
 

@@ -1,0 +1,200 @@
+"""Surgery on functions: the small function, and what of it runs at full width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compaware_jax.analysis import Analysis
+from compaware_jax.errors import PlanError
+from compaware_jax.groups import Groups
+from compaware_jax.plan import Plan
+from compaware_jax.propagate import analyse
+from compaware_jax.rules.families import take
+from compaware_jax.slimming import FullWidth, run_small
+from compaware_jax.trace import named_leaves, trace
+from compaware_jax.work import flops_of
+
+
+def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ()) -> Callable[..., Any]:
+    """The small function.
+
+    ``slim(apply, plan)(shrink(variables, plan), *args)`` equals
+    ``apply(expand(shrink(variables, plan), plan), *args)`` up to the order of summation.
+
+    The function is traced again for every new input shape, so it takes any batch size, and it composes
+    with `jit`, `grad`, `vmap` and `jax.export`. Nothing in the model's code changes. To export a function
+    of any batch size, map that of one example: ``jax.vmap(lambda x: small(variables, x[None])[0])`` takes
+    a symbolic batch.
+
+    Args:
+      apply: the function that the groups were found for, or another function of the same variables.
+      plan: what is kept.
+      released: tree paths of outputs that come out cut, beside those released to `find_groups`.
+
+    Returns:
+      A function of the small variables and the same further arguments as `apply`.
+
+    Raises:
+      PlanError: (when called) the variables are not those of the plan; or the plan cuts what this
+        function needs whole, or separates what it ties.
+    """
+    analyses: dict[Any, tuple[Analysis, np.ndarray]] = {}
+
+    def small_apply(small_variables: Any, *args: Any, **kwargs: Any) -> Any:
+        small_leaves, structure = jax.tree.flatten(small_variables)
+        _check_small(small_variables, plan)
+        full = jax.tree.unflatten(
+            structure,
+            [
+                # The dtype is the small leaf's own: variables may have been cast since the plan was made.
+                jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.result_type(small))
+                for leaf, small in zip(plan.leaves, small_leaves, strict=True)
+            ],
+        )
+        rest, rest_structure = jax.tree.flatten((args, kwargs))
+        key = (
+            structure,
+            rest_structure,
+            tuple(jax.typeof(x) for x in (*small_leaves, *rest)),
+        )
+        if key not in analyses:
+            analyses[key] = _analysed(apply, full, plan, released, *args, **kwargs)
+        analysis, alive = analyses[key]
+        outputs, _ = _run(analysis, alive, plan, [jnp.asarray(x) for x in (*small_leaves, *rest)])
+        return jax.tree.unflatten(analysis.program.output_tree, outputs)
+
+    return small_apply
+
+
+def _analysed(
+    apply: Callable[..., Any], full: Any, plan: Plan, released: Sequence[str], *args: Any, **kwargs: Any
+) -> tuple[Analysis, np.ndarray]:
+    """The analysis of a function at these input shapes, and which of its classes the plan keeps."""
+    program = trace(apply, full, *args, **kwargs)
+    chosen = program.positions((*released, *plan.released))
+    analysis = analyse(
+        program, released=chosen, states=program.states(plan.states), cuts=plan.cuts, settled=True
+    )
+    return analysis, _alive(analysis, plan)
+
+
+def _run(
+    analysis: Analysis, alive: np.ndarray, plan: Plan, inputs: list[Any]
+) -> tuple[list[jax.Array], FullWidth]:
+    outputs, record = run_small(analysis, alive, inputs)
+    program = analysis.program
+    for position, leaf in program.states(plan.states):
+        have = analysis.kept(program.block.outputs[position], alive)
+        want = analysis.kept(program.leaf_values[leaf], alive)
+        missing = [w if h is None else None for h, w in zip(have, want, strict=True)]
+        outputs[position] = take(outputs[position], missing)
+    return outputs, record
+
+
+@dataclass(frozen=True)
+class Uncut:
+    """An equation that runs at full width in the small function.
+
+    Attributes:
+      where: primitive, module path and source line.
+      flops: its FLOPs at full width, one per element where it is no contraction.
+      again: whether it only runs to rebuild an operand of another one.
+    """
+
+    where: str
+    flops: int
+    again: bool
+
+
+def uncut(groups: Groups, plan: Plan) -> tuple[Uncut, ...]:
+    """What `slim` runs at full width, because running it small would not be exact.
+
+    Args:
+      groups: what could leave, at the input shapes for which they were found.
+      plan: what is kept of it.
+
+    Returns:
+      The equations, in program order, first those that had to, then those run again for them.
+
+    Raises:
+      PlanError: the plan is of another model.
+    """
+    if plan.fingerprint != groups.fingerprint:
+        raise PlanError(
+            f"uncut: the plan is for the model {plan.fingerprint}, the groups are of {groups.fingerprint}. "
+            "Pass the groups that the plan was made from."
+        )
+    program = groups.analysis.program
+    alive = _alive(groups.analysis, plan)
+    leaves = [
+        jax.ShapeDtypeStruct(plan.small_shape(i), program.avals[value].dtype)
+        for i, value in enumerate(program.leaf_values)
+    ]
+    record = FullWidth()
+
+    def run(*inputs: jax.Array) -> list[jax.Array]:
+        nonlocal record
+        outputs, record = _run(groups.analysis, alive, plan, list(inputs))
+        return outputs
+
+    jax.eval_shape(run, *leaves, *(program.avals[value] for value in program.argument_values))
+    again = [eqn for eqn in record.again if eqn not in record.uncut]
+    return tuple(
+        [Uncut(eqn.where, flops_of(eqn), False) for eqn in record.uncut]
+        + [Uncut(eqn.where, flops_of(eqn), True) for eqn in again]
+    )
+
+
+def work_in(groups: Groups) -> int:
+    """FLOPs of one call of the full function, counted as `Uncut` counts them."""
+    return sum(flops_of(eqn) for eqn in groups.analysis.program.block.equations)
+
+
+def _check_small(small_variables: Any, plan: Plan) -> None:
+    got = [(path, np.shape(leaf)) for path, leaf in named_leaves(small_variables)]
+    expected = [(leaf.path, plan.small_shape(i)) for i, leaf in enumerate(plan.leaves)]
+    if got != expected:
+        wrong = next(
+            (pair for pair in zip(got, expected, strict=False) if pair[0] != pair[1]),
+            (f"{len(got)} leaves", f"{len(expected)} leaves"),
+        )
+        raise PlanError(
+            f"slim: the variables do not fit the plan (fingerprint {plan.fingerprint}): got {wrong[0]}, "
+            f"expected {wrong[1]}. Pass shrink(variables, plan) of the model that the plan was made for."
+        )
+
+
+def _alive(analysis: Analysis, plan: Plan) -> np.ndarray:
+    """Which classes of a function's analysis the plan keeps."""
+    dead = np.zeros(analysis.solution.count, bool)
+    needed = np.zeros(analysis.solution.count, bool)
+    for position, value in enumerate(analysis.program.leaf_values):
+        for axis, index in enumerate(plan.kept[position]):
+            if plan.leaves[position].shape[axis] <= 1:
+                continue
+            factor = next(f for f in analysis.factors[value] if axis in f.axes)
+            labels = analysis.solution.labels[factor.ids]
+            kept = np.ones(len(labels), bool)
+            if index is not None:
+                kept = np.isin(np.arange(len(labels)), index)
+            dead[labels[~kept]] = True
+            needed[labels[kept]] = True
+            blocked = labels[~kept & ~analysis.free[labels]]
+            if len(blocked):
+                raise PlanError(
+                    f"slim: the plan cuts axis {axis} of `{plan.leaves[position].path}`, which this "
+                    f"function needs whole ({analysis.solution.fixed[blocked[0]]}). Pass the function "
+                    "that the groups were found for, or name the output in `released`."
+                )
+    if (dead & needed).any():
+        raise PlanError(
+            "slim: the plan separates channels that this function ties together. Pass the function that "
+            "the groups were found for."
+        )
+    return ~dead
