@@ -17,14 +17,14 @@ kept beside those of `compare.py`. It writes `ablations.md`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import tyro
-from protocol import Config, Rates, Seed, Study, at_best_rate, interval
+from protocol import Config, Rates, Seed, Study, interval
 
 import compaware_jax as ca
 from compaware_jax.cost import parameter_cost
@@ -78,26 +78,17 @@ VARIANTS: dict[str, Callable[[Seed, float], Found]] = {
 }
 
 
-def tuned(seed: Seed, variant: str, budget: float) -> Rates:
+def tuned(seed: Seed, rates: Sequence[float], variant: str, budget: float) -> Rates:
     """What a variant finds, after the fine-tune."""
-    return seed.tuned(*VARIANTS[variant](seed, budget))
+    return seed.tuned(rates, *VARIANTS[variant](seed, budget))
 
 
 def main(config: Config) -> None:
     """Run all variants and print the table."""
     study = Study(config)
     pairs = [(variant, b) for b in config.budgets for variant in VARIANTS]
-    keys = {(v, b): [("ablation", v, b, s.seed) for s in study.seeds] for v, b in pairs}
-    found = study.cells.all(
-        {
-            key: partial(tuned, seed, *pair)
-            for pair in pairs
-            for key, seed in zip(keys[pair], study.seeds, strict=True)
-        }
-    )
-    if config.worker is not None:
-        return
-    figures = {pair: interval(at_best_rate([found[key] for key in keys[pair]])) for pair in pairs}
+    study.tune({("ablation", v, b): partial(tuned, variant=v, budget=b) for v, b in pairs})
+    figures = {(v, b): interval(study.reached(("ablation", v, b))) for v, b in pairs}
     rows = [[variant, *(figures[variant, b] for b in config.budgets)] for variant in VARIANTS]
     table = markdown_table(["PSNR (dB)", *(f"{100 * b:g} %" for b in config.budgets)], rows)
     (study.folder / "ablations.md").write_text(table + "\n")

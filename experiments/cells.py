@@ -1,7 +1,8 @@
 """Results of long experiments, kept as files: what is finished is not computed again.
 
-A cell is one result, named by a key: a JSON file, or arrays in an npz file. An interrupted experiment goes on
-where it was, and several workers share its cells.
+A cell is one result, named by a key. Figures are lines of `cells.jsonl`, a record small enough to be
+committed; what is large has a file of its own. An interrupted experiment goes on where it was, and the same
+command, started again beside a running one, shares its work.
 """
 
 from __future__ import annotations
@@ -10,94 +11,136 @@ import hashlib
 import json
 import os
 import time
-import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 
 Key = tuple[Any, ...]
 """What identifies a cell: strings and numbers."""
 
+WAIT = 2.0
+"""Seconds between two looks at what other processes have finished."""
 
-@dataclass(frozen=True)
+
 class Cells:
     """Finished cells of an experiment.
 
     Attributes:
       folder: where their files are.
-      worker: this worker's number and how many there are; None to compute whatever is asked for.
+      record: the file of all figures, a JSON object with "key", "seconds" and "result" a line.
     """
 
-    folder: Path
-    worker: tuple[int, int] | None = None
-
-    def path(self, key: Key, suffix: str = ".json") -> Path:
-        """The file of a cell."""
-        text = json.dumps(key)
-        name = "".join(c if c.isalnum() or c in ".-" else "_" for c in text.strip("[]").replace('"', ""))
-        return self.folder / f"{name[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{suffix}"
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.record = folder / "cells.jsonl"
+        self._figures: dict[str, Any] = {}
+        self._read = 0
 
     def has(self, key: Key) -> bool:
-        """Whether a cell is finished."""
-        return self.path(key).exists()
+        """Whether a figure is finished."""
+        self._catch_up()
+        return json.dumps(key) in self._figures
+
+    def read(self, key: Key) -> Any:
+        """A finished figure."""
+        self._catch_up()
+        return self._figures[json.dumps(key)]
 
     def all(self, work: Mapping[Key, Callable[[], Any]]) -> dict[Key, Any]:
-        """The results of cells: this worker's share is computed, the rest waited for.
+        """Figures: those that no process is at are computed in order, the others waited for.
 
         Args:
-          work: per cell what makes its result, JSON-able; called if no file holds it.
+          work: per cell what makes its figure, JSON-able; called if the record does not hold it.
 
         Returns:
-          Per cell its result, as read from JSON.
+          Per cell its figure.
         """
-        for key, compute in work.items():
-            if self._mine(key) and not self.has(key):
-                start = time.perf_counter()
-                _write(self.path(key), json.dumps(compute()).encode())
-                print(f"{key}: {time.perf_counter() - start:.0f} s", flush=True)
-        for key in work:
-            while not self.has(key):
-                time.sleep(5)
+        while missing := [key for key in work if not self.has(key)]:
+            if sum(self._try(key, work[key]) for key in missing) == 0:
+                time.sleep(WAIT)
         return {key: self.read(key) for key in work}
 
     def one(self, key: Key, compute: Callable[[], Any]) -> Any:
-        """The result of one cell; see `all`."""
+        """One figure; see `all`."""
         return self.all({key: compute})[key]
 
-    def read(self, key: Key) -> Any:
-        """The result of a finished cell."""
-        return json.loads(self.path(key).read_text())
+    def large(self, key: Key, compute: Callable[[], Any]) -> Any:
+        """Something JSON-able that is too large for the record."""
+
+        def write(path: Path) -> None:
+            path.write_text(json.dumps(compute()))
+
+        return json.loads(self._file(key, ".json", write).read_text())
 
     def arrays(self, key: Key, like: Any, compute: Callable[[], Any]) -> Any:
-        """A pytree of arrays, computed by whichever worker asks for it first.
+        """A pytree of arrays.
 
         Args:
           key: of the cell.
           like: a pytree with its structure.
           compute: makes it.
         """
-        path = self.path(key, ".npz")
-        if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}.npz")
-            np.savez(part, *map(np.asarray, jax.tree.leaves(compute())))
-            part.replace(path)
-        with np.load(path) as held:
+
+        def write(path: Path) -> None:
+            np.savez(path, *map(np.asarray, jax.tree.leaves(compute())))
+
+        with np.load(self._file(key, ".npz", write)) as held:
             return jax.tree.unflatten(jax.tree.structure(like), [held[name] for name in held])
 
-    def _mine(self, key: Key) -> bool:
-        if self.worker is None:
-            return True
-        number, workers = self.worker
-        return zlib.crc32(json.dumps(key).encode()) % workers == number
+    def _try(self, key: Key, compute: Callable[[], Any]) -> bool:
+        """Compute a figure, unless another process is at it."""
+        try:
+            with self._lock(key, timeout=0):
+                if not self.has(key):
+                    start = time.perf_counter()
+                    result, seconds = compute(), round(time.perf_counter() - start, 1)
+                    self._append({"key": key, "seconds": seconds, "result": result})
+                    print(f"{key}: {seconds:.0f} s", flush=True)
+        except Timeout:
+            return False
+        return True
+
+    def _append(self, cell: dict[str, Any]) -> None:
+        with self._lock(("the record",)):
+            self._catch_up()
+            with self.record.open("r+b" if self.record.exists() else "wb") as file:
+                # What a killed process left of a line goes.
+                file.truncate(self._read)
+                file.seek(self._read)
+                file.write(json.dumps(cell).encode() + b"\n")
+
+    def _catch_up(self) -> None:
+        """Take in what has been added to the record; a line that is still being written has no end."""
+        if self.record.exists():
+            with self.record.open("rb") as file:
+                file.seek(self._read)
+                *lines, _ = file.read().split(b"\n")
+            self._read += sum(len(line) + 1 for line in lines)
+            for cell in map(json.loads, lines):
+                self._figures[json.dumps(cell["key"])] = cell["result"]
+
+    def _file(self, key: Key, suffix: str, write: Callable[[Path], None]) -> Path:
+        """The file of a cell, written by whoever asks first."""
+        path = self.folder / "cells" / (_name(key) + suffix)
+        with self._lock(key):
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                part = path.with_suffix(f".{os.getpid()}{suffix}")
+                write(part)
+                part.replace(path)
+        return path
+
+    def _lock(self, key: Key, timeout: float = -1) -> FileLock:
+        locks = self.folder / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        return FileLock(locks / _name(key), timeout=timeout)
 
 
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_bytes(content)
-    part.replace(path)
+def _name(key: Key) -> str:
+    text = json.dumps(key)
+    name = "".join(c if c.isalnum() or c in ".-" else "_" for c in text.strip("[]").replace('"', ""))
+    return f"{name[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

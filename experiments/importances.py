@@ -11,17 +11,17 @@ rates, as in `compare.py`, whose settings these are. It writes `importances.md`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from compare import CHANNELS
 from mnist_task import loss, psnr_of
-from protocol import Config, Rates, Seed, Study, at_best_rate, interval
+from protocol import Config, Rates, Seed, Study, interval
 
 import compaware_jax as ca
 from compaware_jax import importance
@@ -31,66 +31,103 @@ from compaware_jax.tables import markdown_table
 EVIDENCE_STEPS = 100
 
 
-def scores(seed: Seed) -> Mapping[str, np.ndarray]:
-    """Every importance of the dense model's units, shape (units,) each."""
-    task, groups, dense = seed.task, seed.groups, seed.dense
-    apply = task.model.apply
-    batches = task.batches
+@dataclass(frozen=True)
+class Trained:
+    """What importances are computed from."""
 
-    def loss_at(index: Any) -> Callable[[Any], jax.Array]:
-        return lambda v: loss(apply, v, batches(index))
+    seed: Seed
 
-    def metric(v: Any) -> jax.Array:
-        return psnr_of(apply, v, batches(jnp.int32(0)))
+    @property
+    def groups(self) -> ca.Groups:
+        """The channels that can leave."""
+        return self.seed.groups
 
-    @jax.jit
-    def evidence() -> importance.Evidence:
-        def see(seen: importance.Evidence, index: jax.Array) -> tuple[importance.Evidence, None]:
-            return importance.observe(seen, groups, dense, jax.grad(loss_at(index))(dense)), None
+    @property
+    def dense(self) -> Any:
+        """The trained weights."""
+        return self.seed.dense
 
-        return jax.lax.scan(see, importance.no_evidence(groups), jnp.arange(EVIDENCE_STEPS))[0]
+    @cached_property
+    def batch(self) -> Any:
+        """The batch that single gradients are of."""
+        return self.seed.task.batches(jnp.int32(0))
 
-    seen, first = evidence(), loss_at(jnp.int32(0))
-    gradients = jax.jit(jax.grad(first))(dense)
-    found = {
-        "random": importance.random(groups, jax.random.key(seed.seed)),
-        "L1 norm": importance.l1(groups, dense),
-        "L2 norm": importance.l2(groups, dense),
-        "LAMP": importance.lamp(groups, dense),
-        "FPGM": importance.fpgm(groups, dense),
-        "activation": importance.activation(groups, dense, batches(jnp.int32(0))["image"][:1]),
-        "Taylor, first order": importance.taylor(groups, dense, gradients),
-        "Taylor, second order": jax.jit(lambda v: importance.taylor2(groups, first, v))(dense),
-        "OBD": jax.jit(lambda v: importance.obd(groups, first, v))(dense),
-        "Fisher": importance.fisher(seen),
-        "gradient accumulation": importance.accumulated(seen),
-        "Bayesian uncertainty": importance.bayesian(seen),
-        "criterion's slope": jax.jit(lambda v: importance.gradient_sensitivity(groups, metric, v))(dense),
-        "criterion's fall": jax.jit(lambda v: importance.ablation(groups, metric, v))(dense),
-    }
-    return {name: np.asarray(values) for name, values in found.items()}
+    @cached_property
+    def gradients(self) -> Any:
+        """Of the loss on one batch."""
+        return jax.jit(jax.grad(self.loss))(self.dense)
+
+    @cached_property
+    def evidence(self) -> importance.Evidence:
+        """Gathered over many batches."""
+        groups, dense, task = self.groups, self.dense, self.seed.task
+
+        @jax.jit
+        def gathered() -> importance.Evidence:
+            def see(seen: importance.Evidence, index: jax.Array) -> tuple[importance.Evidence, None]:
+                gradients = jax.grad(lambda v: loss(task.model.apply, v, task.batches(index)))(dense)
+                return importance.observe(seen, groups, dense, gradients), None
+
+            return jax.lax.scan(see, importance.no_evidence(groups), jnp.arange(EVIDENCE_STEPS))[0]
+
+        return gathered()
+
+    def loss(self, variables: Any) -> jax.Array:
+        """On one batch."""
+        return loss(self.seed.task.model.apply, variables, self.batch)
+
+    def metric(self, variables: Any) -> jax.Array:
+        """PSNR on one batch."""
+        return psnr_of(self.seed.task.model.apply, variables, self.batch)
+
+    def compiled(self, scores: Callable[[ca.Groups, Callable, Any], jax.Array], function: Callable) -> Any:
+        """Scores that differentiate a function of the variables."""
+        return jax.jit(lambda v: scores(self.groups, function, v))(self.dense)
+
+
+IMPORTANCES: dict[str, Callable[[Trained], Any]] = {
+    "random": lambda t: importance.random(t.groups, jax.random.key(t.seed.seed)),
+    "L1 norm": lambda t: importance.l1(t.groups, t.dense),
+    "L2 norm": lambda t: importance.l2(t.groups, t.dense),
+    "LAMP": lambda t: importance.lamp(t.groups, t.dense),
+    "FPGM": lambda t: importance.fpgm(t.groups, t.dense),
+    "activation": lambda t: importance.activation(t.groups, t.dense, t.batch["image"][:1]),
+    "Taylor, first order": lambda t: importance.taylor(t.groups, t.dense, t.gradients),
+    "Taylor, second order": lambda t: t.compiled(importance.taylor2, t.loss),
+    "OBD": lambda t: t.compiled(importance.obd, t.loss),
+    "Fisher": lambda t: importance.fisher(t.evidence),
+    "gradient accumulation": lambda t: importance.accumulated(t.evidence),
+    "Bayesian uncertainty": lambda t: importance.bayesian(t.evidence),
+    "criterion's slope": lambda t: t.compiled(importance.gradient_sensitivity, t.metric),
+    "criterion's fall": lambda t: t.compiled(importance.ablation, t.metric),
+}
+
+
+@cache
+def trained(seed: Seed) -> Trained:
+    """A seed's, kept for the importances to come."""
+    return Trained(seed)
+
+
+def tuned(seed: Seed, rates: Sequence[float], name: str, widths: str, budget: float) -> Rates:
+    """What an importance keeps, after the fine-tune."""
+    if widths == "uniform":
+        counts = seed.uniform(budget)
+    else:
+        counts = np.array([kept for _, kept, _ in seed.our_plan(budget, boundary=False).counts])
+    plan = seed.kept_by(keep_units(seed.groups, np.asarray(IMPORTANCES[name](trained(seed))), counts))
+    return seed.tuned(rates, plan, seed.dense)
 
 
 def main(config: Config) -> None:
     """Fine-tune what every importance keeps and print the table."""
     study = Study(config)
-    found: dict[tuple[str, str, float], list[Rates]] = {}
-    for seed in study.seeds:
-        by_name = scores(seed)
-        for b in config.budgets:
-            channels = study.cells.one((CHANNELS, b, seed.seed), partial(seed.ours, b, seed.groups))
-            ours = np.array([kept for _, kept, _ in ca.Plan.from_json(channels["plan"]).counts])
-            for widths, counts in (("uniform", seed.uniform(b)), ("ours", ours)):
-                for name, values in by_name.items():
-                    plan = seed.kept_by(keep_units(seed.groups, values, counts))
-                    key = ("importance", name, widths, b, seed.seed)
-                    cell = study.cells.one(key, partial(seed.tuned, plan, seed.dense))
-                    found.setdefault((name, widths, b), []).append(cell)
-    if config.worker is not None:
-        return
     columns = [(widths, b) for b in config.budgets for widths in ("uniform", "ours")]
-    names = dict.fromkeys(name for name, _, _ in found)
-    rows = [[n, *(interval(at_best_rate(found[n, *column])) for column in columns)] for n in names]
+    cells = {("importance", n, *at): at for at in columns for n in IMPORTANCES}
+    study.tune(
+        {key: partial(tuned, name=key[1], widths=widths, budget=b) for key, (widths, b) in cells.items()}
+    )
+    rows = [[n, *(interval(study.reached(("importance", n, *at))) for at in columns)] for n in IMPORTANCES]
     header = ["PSNR (dB)", *(f"{100 * b:g} %, {widths} widths" for widths, b in columns)]
     table = markdown_table(header, rows)
     (study.folder / "importances.md").write_text(table + "\n")

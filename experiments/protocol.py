@@ -1,13 +1,15 @@
 """The protocol of all comparisons: what everyone starts from, and the same fine-tune for everyone.
 
-A seed fixes the dense weights, the order of the data and the search. A model is tuned at all learning rates
-at once (they are lanes of a vmap); a method's figure is its mean over seeds at the rate that is best for it.
+A seed fixes the dense weights, the order of the data and the search. A model is tuned at several learning
+rates at once (they are lanes of a vmap); a method's figure is its mean over seeds at the rate that is best
+for it. The first seed tries all rates, the others those that came near the best there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cells import Cells
+from cells import Cells, Key
 from mnist_task import SCHEDULES, Data, Preset, Schedule, Task, loss, psnr_of, uniform_widths
 from scipy import stats
 
@@ -29,6 +31,9 @@ from compaware_jax.importance import l2
 from compaware_jax.select import keep_units, round_counts
 
 CHUNK = 500
+
+NEAR = 0.3
+"""A rate that is more dB than this below the best one of the first seed is not tried on the others."""
 
 Rates = dict[str, float]
 """Held-out PSNR by learning rate."""
@@ -49,7 +54,6 @@ class Config:
       fine_tune: steps after pruning, for everyone; default that of the main experiment.
       batch: batch size.
       torch_python: Python of an environment with torch and torch-pruning; without it, no such rivals.
-      worker: this worker's number and how many there are; tables are made without it.
       out: where runs are kept.
     """
 
@@ -63,7 +67,6 @@ class Config:
     fine_tune: int | None = None
     batch: int = 128
     torch_python: str | None = None
-    worker: tuple[int, int] | None = None
     out: Path = Path("runs/compare")
 
 
@@ -95,7 +98,14 @@ class Seed:
         """The dense weights that everyone starts from."""
         steps = self.config.dense_steps or self.schedule.dense_steps
         train = partial(self.task.dense, steps, self.schedule.dense_learning_rate, None)
-        return self.cells.arrays(("dense", self.seed), self.fresh, train)
+        weights = self.cells.arrays(("dense", self.seed), self.fresh, train)
+        mark = zlib.crc32(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(weights)))
+        if self.cells.one(("dense weights", self.seed), lambda: mark) != mark:
+            raise SystemExit(
+                f"The dense weights of seed {self.seed} are not those that {self.cells.record} began with: "
+                "another machine or version trained them. Give --out another folder."
+            )
+        return weights
 
     def trained_on(self, steps: int) -> Any:
         """The dense weights after more steps, for rivals that spend our search's time so."""
@@ -118,11 +128,11 @@ class Seed:
         """Pixels that are read or written as well."""
         return self.task.groups(self.fresh)
 
-    def tuned(self, plan: ca.Plan | None, start: Any) -> Rates:
+    def tuned(self, rates: Sequence[float], plan: ca.Plan | None, start: Any) -> Rates:
         """Held-out PSNR by learning rate after the fine-tune of what a plan keeps of the weights."""
         apply = self.task.model.apply if plan is None else ca.slim(self.task.model.apply, plan)
         start = start if plan is None else ca.shrink(start, plan)
-        rates, chunk = jnp.array(self.config.rates), math.gcd(self.steps, CHUNK)
+        lanes, chunk = jnp.array(rates), math.gcd(self.steps, CHUNK)
 
         def rule(rate: jax.Array) -> Any:
             return fit_step(apply, loss, self.task.batches, adam_cosine(rate, self.steps))  # type: ignore[arg-type]
@@ -130,29 +140,45 @@ class Seed:
         @jax.jit
         def run(states: Any, first: jax.Array) -> Any:
             def step(states: Any, index: jax.Array) -> Any:
-                return jax.vmap(lambda rate, state: rule(rate)[1](state, index)[0])(rates, states), None
+                return jax.vmap(lambda rate, state: rule(rate)[1](state, index)[0])(lanes, states), None
 
             return jax.lax.scan(step, states, first + jnp.arange(chunk))[0]
 
-        states = jax.vmap(lambda rate: rule(rate)[0](start))(rates)
+        states = jax.vmap(lambda rate: rule(rate)[0](start))(lanes)
         for first in range(0, self.steps, chunk):
             states = run(states, jnp.asarray(first))
         measure = jax.jit(lambda v: psnr_of(apply, v, self.task.held_out))
         return {
             f"{rate:g}": float(measure(jax.tree.map(lambda x, i=i: x[i], states.variables)))
-            for i, rate in enumerate(self.config.rates)
+            for i, rate in enumerate(rates)
         }
 
-    def ours(self, budget: float, groups: Groups) -> dict[str, Any]:
-        """What `compress` does with its defaults, fine-tuned at all learning rates as the rivals are.
+    def ours(self, rates: Sequence[float], budget: float, *, boundary: bool = True) -> dict[str, Any]:
+        """What `compress` does with its defaults, fine-tuned as the rivals are.
 
         Returns:
-          A cell's content: "psnr" by learning rate, "plan" as JSON text, "seconds" of the search.
+          A cell's content: "psnr" by learning rate, "kept" per group, "seconds" of the search.
         """
-        plan, weights, seconds = self.task.search(
-            self.config.search, self.dense, groups, budget, self.task.search_key
+        plan, weights, seconds = self._search(budget, boundary)
+        # Read by `our_plan`; too large for the record.
+        self.cells.large(self._plan_key(budget, boundary), plan.to_json)
+        kept = [n for _, n, _ in plan.counts]
+        return {"psnr": self.tuned(rates, plan, weights), "kept": kept, "seconds": round(seconds, 1)}
+
+    def our_plan(self, budget: float, *, boundary: bool = True) -> ca.Plan:
+        """The plan that our search finds."""
+        return ca.Plan.from_json(
+            self.cells.large(
+                self._plan_key(budget, boundary), lambda: self._search(budget, boundary)[0].to_json()
+            )
         )
-        return {"psnr": self.tuned(plan, weights), "plan": plan.to_json(), "seconds": seconds}
+
+    def _search(self, budget: float, boundary: bool) -> tuple[ca.Plan, Any, float]:
+        groups = self.all_groups if boundary else self.groups
+        return self.task.search(self.config.search, self.dense, groups, budget, self.task.search_key)
+
+    def _plan_key(self, budget: float, boundary: bool) -> Key:
+        return ("plan" if boundary else "plan, channels only", budget, self.seed)
 
     def kept_by(self, units: np.ndarray) -> ca.Plan:
         """The plan that keeps channels, as rivals name them."""
@@ -187,14 +213,42 @@ class Study:
     def __init__(self, config: Config):
         source = Task(config.data, config.model, batch=config.batch, seed=0).data.source
         self.folder = config.out / f"{config.model}-{source}"
-        self.cells = Cells(self.folder / "cells", config.worker)
+        self.cells = Cells(self.folder)
+        self.rates = config.rates
         self.seeds = [Seed(config, self.cells, number) for number in range(config.seeds)]
 
+    def tune(self, work: Mapping[Key, Callable[[Seed, Sequence[float]], Any]]) -> None:
+        """Figures of models: at all learning rates on the first seed, at the near ones on the others.
 
-def at_best_rate(by_seed: Sequence[Mapping[str, float]]) -> list[float]:
-    """A method's PSNR per seed, at the one learning rate that is best for its mean."""
-    best = max(by_seed[0], key=lambda rate: np.mean([found[rate] for found in by_seed]))
-    return [found[best] for found in by_seed]
+        Args:
+          work: by what identifies a model but its seed, what tunes it: from a seed and learning rates to
+            `Rates`, or to an object with them as its "psnr".
+        """
+        first, *others = self.seeds
+        self.cells.all({(*key, 0): partial(run, first, self.rates) for key, run in work.items()})
+        near = {key: near_best(self.figures(key, first)) for key in work}
+        self.cells.all(
+            {(*key, s.seed): partial(run, s, near[key]) for key, run in work.items() for s in others}
+        )
+
+    def figures(self, key: Key, seed: Seed) -> Rates:
+        """What `tune` found for a model and a seed."""
+        cell = self.cells.read((*key, seed.seed))
+        return cell.get("psnr", cell)
+
+    def reached(self, key: Key) -> list[float]:
+        """A model's PSNR per seed, at the learning rate that is best for its mean; empty if unfinished."""
+        if not all(self.cells.has((*key, s.seed)) for s in self.seeds):
+            return []
+        by_seed = [self.figures(key, s) for s in self.seeds]
+        tried = [rate for rate in by_seed[0] if all(rate in figures for figures in by_seed)]
+        return max(([f[rate] for f in by_seed] for rate in tried), key=np.mean)
+
+
+def near_best(found: Rates) -> list[float]:
+    """The learning rates that came near the best one."""
+    best = max(found.values())
+    return [float(rate) for rate, psnr in found.items() if psnr >= best - NEAR]
 
 
 def interval(values: Sequence[float]) -> str:

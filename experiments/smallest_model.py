@@ -67,16 +67,17 @@ def main(args: Args) -> None:
         return best >= args.threshold
 
     def of_ours(budget: float) -> Rates:
-        return seed.ours(budget, seed.all_groups)["psnr"]
+        return seed.ours(study.rates, budget)["psnr"]
 
     found = {"ours": first_that_works(budgets, partial(works, "ours", of_ours))}
     if args.torch_python:
         key = ("smallest kept", *budgets, seed.seed)
-        kept = cells.one(key, partial(torch_rivals, seed, seed.dense, budgets))
+        kept = cells.large(key, partial(torch_rivals, seed, seed.dense, budgets))
         for rival, at in kept.items():
 
             def theirs(budget: float, at: Any = at) -> Rates:
-                return seed.tuned(seed.kept_by(channels(seed, at[f"{budget:g}"])), seed.dense)
+                plan = seed.kept_by(channels(seed, at[f"{budget:g}"]))
+                return seed.tuned(study.rates, plan, seed.dense)
 
             reached = [b for b in budgets if f"{b:g}" in at]
             found[rival] = first_that_works(reached, partial(works, rival, theirs))

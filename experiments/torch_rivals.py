@@ -22,6 +22,17 @@ from protocol import Seed
 Kept = dict[str, dict[str, list[list[int]]]]
 """Per rival and budget, per hidden layer the channels that stay."""
 
+RIVALS = (
+    "L2, uniform",
+    "L2, global",
+    "LAMP, global",
+    "FPGM, uniform",
+    "Taylor, uniform",
+    "Taylor, global",
+    "Hessian, global",
+)
+"""The importances of Torch-Pruning, as `peers/torch_prune.py` names them."""
+
 # Per preset its layers in order, what they are in Torch-Pruning's model, and the shape of the kernel there
 # as (height, width, inputs, outputs).
 LAYERS: dict[Preset, tuple[tuple[str, str, tuple[int, ...]], ...]] = {

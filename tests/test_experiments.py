@@ -98,7 +98,7 @@ def test_comparison(run, tmp_path):
     assert {len(values) for at in found.values() for values in at.values()} == {1}
     table = (folder / "table.md").read_text()
     assert table.strip() in first
-    assert run("compare.py", *arguments).strip() == table.strip()
+    assert run("compare.py", *arguments, "--finished").strip() == table.strip()
 
 
 def test_unknown_data_source_is_refused(run, tmp_path):

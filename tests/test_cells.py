@@ -1,0 +1,81 @@
+"""Finished cells of experiments: computed once, by whoever is first, and never lost."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture
+def cells(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    from cells import Cells
+
+    return lambda: Cells(tmp_path)
+
+
+SHARE = """
+import sys, time
+from pathlib import Path
+from cells import Cells
+
+folder = Path(sys.argv[1])
+
+
+def compute(number):
+    with (folder / "calls").open("a") as file:
+        file.write(f"{number}\\n")
+    time.sleep(0.05)
+    return number**2
+
+
+found = Cells(folder / "cells").all({("square", n): lambda n=n: compute(n) for n in range(12)})
+assert found == {("square", n): n**2 for n in range(12)}
+"""
+
+
+def test_processes_share_the_work(tmp_path):
+    command = [sys.executable, "-c", SHARE, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(EXPERIMENTS)}
+    workers = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    calls = (tmp_path / "calls").read_text().split()
+    assert sorted(map(int, calls)) == list(range(12)), "each is computed once"
+
+
+def test_a_torn_line_is_forgotten(cells):
+    """A process that is killed while it writes costs its own figure only."""
+    cells().one(("a", 0.1), lambda: {"psnr": 1.0})
+    whole = cells().record.read_bytes()
+    with cells().record.open("ab") as file:
+        file.write(b'{"key": ["b"], "resu')
+    assert cells().read(("a", 0.1)) == {"psnr": 1.0}
+    assert not cells().has(("b",))
+    assert cells().one(("b",), lambda: 2) == 2
+    assert cells().record.read_bytes().startswith(whole)
+    assert cells().one(("b",), lambda: pytest.fail("it is finished")) == 2
+    assert cells().read(("a", 0.1)) == {"psnr": 1.0}
+
+
+def test_what_is_large_has_files_of_its_own(cells):
+    tree = {"w": jnp.arange(3.0), "b": jnp.zeros((2, 2))}
+    for compute in (lambda: tree, lambda: pytest.fail("it is finished")):
+        held = cells().arrays(("weights", 0), tree, compute)
+        assert held.keys() == tree.keys()
+        np.testing.assert_array_equal(held["w"], tree["w"])
+    for compute in (lambda: [1, 2], lambda: pytest.fail("it is finished")):
+        assert cells().large(("list",), compute) == [1, 2]
+    assert not cells().record.exists()
+
+
+def test_rates_far_behind_are_not_tried_again(monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    from protocol import near_best
+
+    assert near_best({"0.001": 20.0, "0.002": 20.8, "0.004": 21.0}) == [0.002, 0.004]
