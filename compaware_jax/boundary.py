@@ -93,7 +93,7 @@ def _information(problem: Problem, variables: Any, steps: int) -> Float[Array, "
 
     def see(seen: Evidence, index: jax.Array) -> tuple[Evidence, None]:
         batch = problem.batches(index)
-        gradients = jax.grad(lambda v: problem.loss(problem.apply, v, batch))(variables)
+        gradients = jax.grad(lambda v: problem.value(problem.apply, v, batch))(variables)
         return observe(seen, problem.groups, variables, gradients, smoothing=1.0), None
 
     start = no_evidence(problem.groups)
@@ -122,7 +122,7 @@ def _calibrated(problem: Problem, gates: jax.Array, variables: Any, steps: int, 
 
     def value(trained: list[jax.Array], index: jax.Array) -> jax.Array:
         masked = apply_mask(problem.groups, gates, put(trained))
-        return problem.loss(problem.apply, masked, problem.batches(index))
+        return problem.value(problem.apply, masked, problem.batches(index))
 
     def step(state: Any, index: jax.Array) -> tuple[Any, jax.Array]:
         trained, moments = state

@@ -26,6 +26,8 @@ from compaware_jax.fit import (
     constrained,
     dual_ascent,
     trainable,
+    updated,
+    value_and_updates,
 )
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2, ranks
@@ -41,7 +43,7 @@ class Problem:
 
     Attributes:
       apply: the dense function.
-      loss: ``(apply, variables, batch) -> scalar``.
+      loss: ``(apply, variables, batch) -> scalar``, or with updates; see `Loss`.
       batches: ``step -> batch``.
       groups: what can leave.
       cost: what the budget limits.
@@ -56,6 +58,10 @@ class Problem:
     cost: Cost
     criteria: tuple[Criterion, ...] = ()
     score: Score = l2
+
+    def value(self, apply: Apply, variables: Any, batch: Any) -> jax.Array:
+        """The loss alone, without the updates that it may return."""
+        return value_and_updates(self.loss, apply, variables, batch)[0]
 
 
 class Search(NamedTuple):
@@ -233,15 +239,15 @@ class GradientSearch:
             noise = jax.random.normal(jax.random.fold_in(state.key, index), state.log_share.shape)
             sampled = on_budget(cost, state.log_share + soft * self.noise * noise, budget)
 
-            def value(log_counts: jax.Array, variables: Any) -> tuple[jax.Array, jax.Array]:
+            def value(log_counts: jax.Array, variables: Any) -> Any:
                 gates = soft_gates(groups, jnp.exp(log_counts), rank, soft * self.edge)
                 masked = apply_mask(groups, gates, variables)
                 batch = problem.batches(index + state.offset)
                 return objective(problem.apply, masked, batch, state.multipliers)
 
-            (total, violations), (by_count, by_weight) = jax.value_and_grad(value, (0, 1), has_aux=True)(
-                sampled, state.variables
-            )
+            (total, (violations, news)), (by_count, by_weight) = jax.value_and_grad(
+                value, (0, 1), has_aux=True
+            )(sampled, state.variables)
             tangent, price = _tangent(cost, sampled, by_count, sampled < most - 1e-4)
 
             change: Any
@@ -249,7 +255,7 @@ class GradientSearch:
             log_share = on_budget(cost, state.log_share + change, budget) - top
             updates, optimizer = weights_rule.update(by_weight, state.optimizer, state.variables)
             new = GradientState(
-                variables=optax.apply_updates(state.variables, updates),
+                variables=updated(optax.apply_updates(state.variables, updates), news),
                 log_share=log_share,
                 optimizer=optimizer,
                 share_optimizer=share_optimizer,

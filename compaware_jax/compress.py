@@ -93,7 +93,9 @@ def compress(
     Args:
       apply: pure function ``apply(variables, *args)``.
       variables: its trained variables.
-      loss: ``(apply, variables, batch) -> scalar``, called with dense, masked and small functions.
+      loss: ``(apply, variables, batch) -> scalar``, called with dense, masked and small functions; or
+        ``-> (scalar, updates)``, where updates are new values of entries of the variables that no gradient
+        trains, such as ``{"batch_stats": ...}``.
       batches: ``step -> batch``, pure and jittable, so that the step is the whole data position.
       groups: what can leave, from `find_groups`.
       budget: the target, e.g. ``params(0.1)``.

@@ -13,10 +13,13 @@ import optax
 from jax.extend.core import get_opaque_trace_state
 
 from compaware_jax.criteria import Apply, Criterion
+from compaware_jax.errors import TraceError
+from compaware_jax.groups import leaves_of
 from compaware_jax.loop import digest, run_steps
 
-Loss = Callable[[Apply, Any, Any], jax.Array]
-"""``(apply, variables, batch) -> scalar``, differentiable in the variables."""
+Loss = Callable[[Apply, Any, Any], Any]
+"""``(apply, variables, batch) -> scalar``, differentiable in the variables; or ``-> (scalar, updates)``,
+where updates are new values of some entries of the variables, such as ``{"batch_stats": ...}``."""
 
 Batches = Callable[[jax.Array], Any]
 """``step -> batch``: a pure function, so that the step is the whole data position."""
@@ -24,7 +27,7 @@ Batches = Callable[[jax.Array], Any]
 
 def constrained(
     loss: Loss, criteria: Sequence[Criterion], *, strength: float = 1.0
-) -> Callable[[Apply, Any, Any, jax.Array], tuple[jax.Array, jax.Array]]:
+) -> Callable[[Apply, Any, Any, jax.Array], tuple[jax.Array, tuple[jax.Array, Any]]]:
     """The augmented Lagrangian of a loss under criteria.
 
     With ``c = -margin`` (positive where a criterion fails), the term of each criterion is
@@ -32,29 +35,68 @@ def constrained(
     strength needs no tuning to the loss' scale.
 
     Args:
-      loss: ``(apply, variables, batch) -> scalar``.
+      loss: see `Loss`.
       criteria: constraints; those that are not trainable are left out.
       strength: of the quadratic term.
 
     Returns:
-      ``(apply, variables, batch, multipliers) -> (value, violations)``, both differentiable; violations
-      have shape (trainable criteria,) and are negative where a criterion is kept.
+      ``(apply, variables, batch, multipliers) -> (value, (violations, updates))``, the first two
+      differentiable; violations have shape (trainable criteria,) and are negative where a criterion is
+      kept; updates are those of the loss.
     """
     trained = trainable(criteria)
 
     def value(
         apply: Apply, variables: Any, batch: Any, multipliers: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         apply = _once(apply)
-        base = loss(apply, variables, batch)
+        base, updates = value_and_updates(loss, apply, variables, batch)
         if not trained:
-            return base, jnp.zeros(0)
+            return base, (jnp.zeros(0), updates)
         violations = -jnp.stack([c.margin(c.metric(apply, variables, batch)) for c in trained])
         raised = jnp.maximum(0.0, multipliers + strength * violations)
         terms = (raised**2 - multipliers**2) / (2 * strength)
-        return base + jax.lax.stop_gradient(jnp.abs(base)) * terms.sum(), violations
+        return base + jax.lax.stop_gradient(jnp.abs(base)) * terms.sum(), (violations, updates)
 
     return value
+
+
+def value_and_updates(loss: Loss, apply: Apply, variables: Any, batch: Any) -> tuple[jax.Array, Any]:
+    """A loss' value, and its updates of the variables; none where it returns the value alone."""
+    found = loss(apply, variables, batch)
+    return found if isinstance(found, tuple) else (found, {})
+
+
+def updated(variables: Any, updates: Any) -> Any:
+    """The variables with the updates that a loss returned.
+
+    Raises:
+      TraceError: the updates are not of the variables' entries, or of other structure or shapes.
+    """
+    if not updates:
+        return variables
+    if (
+        not isinstance(updates, Mapping)
+        or not isinstance(variables, Mapping)
+        or not updates.keys() <= variables.keys()
+    ):
+        raise TraceError(
+            f"the loss returned updates of {_entries(updates)}, expected entries of the variables, which are "
+            f"{_entries(variables)}. Return (loss, updates) with updates such as {{'batch_stats': ...}}."
+        )
+    for name, new in updates.items():
+        got, expected = leaves_of(new), leaves_of(variables[name])
+        if got != expected:
+            differ = [pair for pair in zip(got, expected, strict=False) if pair[0] != pair[1]]
+            raise TraceError(
+                f"the loss returned updates of `{name}` that are not like those variables; (got, expected): "
+                f"{differ[:1] or (len(got), len(expected))}. Return all of `{name}`, in its shapes."
+            )
+    return {**variables, **updates}
+
+
+def _entries(tree: Any) -> Any:
+    return sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
 
 
 def _once(apply: Apply) -> Apply:
@@ -118,12 +160,12 @@ def fit_step(
         return FitState(variables, optimizer.init(variables), jnp.zeros(len(trainable(criteria))))
 
     def step(state: FitState, index: jax.Array) -> tuple[FitState, dict[str, jax.Array]]:
-        def value(variables: Any) -> tuple[jax.Array, jax.Array]:
+        def value(variables: Any) -> Any:
             return objective(apply, variables, batches(index), state.multipliers)
 
-        (total, violations), gradients = jax.value_and_grad(value, has_aux=True)(state.variables)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.variables)
-        variables = optax.apply_updates(state.variables, updates)
+        (total, (violations, news)), gradients = jax.value_and_grad(value, has_aux=True)(state.variables)
+        changes, optimizer_state = optimizer.update(gradients, state.optimizer, state.variables)
+        variables = updated(optax.apply_updates(state.variables, changes), news)
         multipliers = dual_ascent(state.multipliers, violations)
         return FitState(variables, optimizer_state, multipliers), {"loss": total}
 
@@ -149,7 +191,7 @@ def fit(
     Args:
       apply: the function whose variables are trained.
       variables: a pytree of float arrays, the start.
-      loss: ``(apply, variables, batch) -> scalar``.
+      loss: ``(apply, variables, batch) -> scalar``, or ``(scalar, updates)``; see `Loss`.
       batches: ``step -> batch``, pure.
       steps: number of updates.
       learning_rate: at the start; it falls to zero on a cosine.

@@ -76,7 +76,7 @@ class GridSearch:
             start, step = fit_step(masked, problem.loss, batches, rule, problem.criteria)
             tuned, _ = jax.lax.scan(step, start(variables), jnp.arange(self.steps_each))
             unseen = self.steps_each + jnp.arange(self.validate)
-            values = jax.lax.map(lambda i: problem.loss(masked, tuned.variables, batches(i)), unseen)
+            values = jax.lax.map(lambda i: problem.value(masked, tuned.variables, batches(i)), unseen)
             return values.mean()
 
         def step(state: GridState, index: jax.Array) -> tuple[GridState, dict[str, jax.Array]]:

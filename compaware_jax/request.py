@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from compaware_jax.coefficients import Problem, SearchMethod
 from compaware_jax.criteria import check_dense, measure
 from compaware_jax.errors import CriterionError, PlanError, TraceError
+from compaware_jax.fit import updated, value_and_updates
 from compaware_jax.groups import Groups, fingerprint, leaves_of
 from compaware_jax.loop import digest
 
@@ -100,7 +101,14 @@ def _check_variables(variables: Any, groups: Groups) -> None:
 
 
 def _check_loss(problem: Problem, variables: Any) -> None:
-    value = jax.jit(lambda v: problem.loss(problem.apply, v, problem.batches(jnp.int32(0))))(variables)
+    batch = problem.batches(jnp.int32(0))
+
+    def first(variables: Any) -> jax.Array:
+        value, updates = value_and_updates(problem.loss, problem.apply, variables, batch)
+        updated(variables, updates)
+        return value
+
+    value = jnp.asarray(jax.jit(first)(variables))
     if value.shape != () or not bool(jnp.isfinite(value)):
         raise TraceError(
             f"compress: the loss of the dense model on batches(0) is {value}, expected one finite number. "

@@ -88,7 +88,7 @@ def sweep(
     Args:
       apply: pure function ``apply(variables, *args)``.
       variables: its trained variables.
-      loss: ``(apply, variables, batch) -> scalar``.
+      loss: as for `compress`.
       batches: ``step -> batch``.
       groups: what can leave.
       budgets: targets on the same cost.

@@ -91,10 +91,10 @@ def test_augmented_lagrangian():
     criterion = ca.at_most("x", lambda f, v, b: v, 1.0)
     judged = ca.at_most("y", lambda f, v, b: v, 0.0, trainable=False)
     value = constrained(lambda f, v, b: jnp.asarray(2.0) + 0 * v, [criterion, judged])
-    kept, violations = value(lambda v: v, jnp.asarray(0.5), None, jnp.zeros(1))
+    kept, (violations, _) = value(lambda v: v, jnp.asarray(0.5), None, jnp.zeros(1))
     assert float(kept) == 2.0
     np.testing.assert_allclose(violations, [-0.5])
-    broken, violations = value(lambda v: v, jnp.asarray(1.5), None, jnp.array([0.2]))
+    broken, (violations, _) = value(lambda v: v, jnp.asarray(1.5), None, jnp.array([0.2]))
     assert float(broken) == pytest.approx(2.0 + 2.0 * ((0.2 + 0.5) ** 2 - 0.2**2) / 2)
     np.testing.assert_allclose(dual_ascent(jnp.array([0.2]), violations, rate=1.0), [0.7])
     np.testing.assert_allclose(dual_ascent(jnp.zeros(1), jnp.array([-1.0])), [0.0])

@@ -1,0 +1,114 @@
+"""Losses that return updates: batch statistics stay up to date while a model is compressed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import compaware_jax as ca
+from compaware_jax.errors import TraceError
+
+MOMENTUM = 0.9
+
+
+class Network(nn.Module):
+    """Two layers with batch norm, which a frozen running average would leave wrong."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        for width in (24, 16):
+            x = nn.Dense(width)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=MOMENTUM)(x))
+        return nn.Dense(3)(x)
+
+
+def batches(step):
+    x = jax.random.normal(jax.random.fold_in(jax.random.key(0), step), (64, 8)) * 3 + 1
+    return {"x": x, "y": jnp.stack([jnp.sin(x[:, 0]), x[:, 1] * x[:, 2] / 5, x[:, 3]], 1)}
+
+
+def apply(variables, x):
+    """Both modes; compiled, what is not used costs nothing."""
+    trained, updates = Network().apply(variables, x, train=True, mutable=["batch_stats"])
+    return {"trained": trained, "used": Network().apply(variables, x, train=False), **updates}
+
+
+def loss(apply, variables, batch):
+    found = apply(variables, batch["x"])
+    return jnp.mean((found["trained"] - batch["y"]) ** 2), {"batch_stats": found["batch_stats"]}
+
+
+def error(apply, variables, batch):
+    return jnp.mean((apply(variables, batch["x"])["used"] - batch["y"]) ** 2)
+
+
+@pytest.fixture(scope="module")
+def dense():
+    start = Network().init(jax.random.key(1), batches(0)["x"], train=False)
+    return ca.fit(apply, start, loss, batches, 400, learning_rate=1e-2, progress=False)[0]
+
+
+@pytest.fixture(scope="module")
+def groups(dense):
+    found = ca.find_groups(apply, dense, batches(0)["x"], state_outputs={"batch_stats": "batch_stats"})
+    assert [group.units for group in found.groups] == [24, 16]
+    return found
+
+
+def test_fit_takes_the_updates(dense):
+    first = dense["batch_stats"]["BatchNorm_0"]["mean"]
+    layer = dense["params"]["Dense_0"]
+    expected = np.mean([batches(i)["x"] @ layer["kernel"] + layer["bias"] for i in range(380, 400)], (0, 1))
+    assert np.abs(first).max() > 1, "it is far from its start at zero"
+    np.testing.assert_allclose(first, expected, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    "method", [ca.GradientSearch(steps=60), ca.GridSearch(levels=(0.3, 0.6), steps_each=5)]
+)
+def test_the_small_model_has_statistics_of_its_own(dense, groups, method):
+    held_out = batches(10_000)
+    result = ca.compress(
+        apply, dense, loss, batches, groups=groups, budget=ca.params(0.4), search=method, fine_tune=300,
+        learning_rate=1e-2, held_out=held_out, criteria=[ca.at_most("error", error, 10.0)], progress=False,
+    )  # fmt: skip
+    assert result.kept
+    small = result.variables
+    assert small["batch_stats"]["BatchNorm_0"]["mean"].shape == (result.plan.counts[0][1],)
+    # In evaluation it is what it is in training, on average.
+    trained, updates = jax.jit(
+        lambda v, x: (result.apply(v, x)["trained"], result.apply(v, x)["batch_stats"])
+    )(small, held_out["x"])
+    used = result.apply(small, held_out["x"])["used"]
+    assert jnp.mean((used - trained) ** 2) < 0.1 * jnp.var(held_out["y"])
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), updates, small["batch_stats"])
+    stale = {**small, "batch_stats": ca.shrink(dense, result.plan)["batch_stats"]}
+    assert error(result.apply, small, held_out) < error(result.apply, stale, held_out)
+
+
+def test_sweeps_take_the_updates(dense, groups):
+    (point,) = ca.sweep(
+        apply, dense, loss, batches, groups=groups, budgets=[ca.params(0.4)],
+        search=ca.GradientSearch(steps=20), fine_tune=200, learning_rate=1e-2, progress=False,
+    )  # fmt: skip
+    small = ca.slim(apply, point.plan)
+    held_out = batches(10_000)
+    stale = {**point.variables, "batch_stats": ca.shrink(dense, point.plan)["batch_stats"]}
+    assert error(small, point.variables, held_out) < error(small, stale, held_out)
+
+
+@pytest.mark.parametrize(
+    ("updates", "message"),
+    [
+        ({"statistics": {}}, r"updates of .'statistics'., expected entries .* .'batch_stats', 'params'."),
+        ([jnp.zeros(3)], "updates of list"),
+        ({"batch_stats": {"BatchNorm_0": {}}}, r"not like those variables; .*: \(0, 4\)"),
+    ],
+)
+def test_other_updates_are_refused(dense, groups, updates, message):
+    def wrong(apply, variables, batch):
+        return loss(apply, variables, batch)[0], updates
+
+    with pytest.raises(TraceError, match=message):
+        ca.compress(apply, dense, wrong, batches, groups=groups, budget=ca.params(0.4), progress=False)
