@@ -15,12 +15,11 @@ Claim: at no budget and no seed is the compressed model below any rival.
 
 Finished cells are kept, so an interrupted comparison goes on where it was, and the same command started again
 beside it shares the work. ``--finished`` tables what is there: ``--finished --out experiments/results`` what
-is in the repository. It writes `table.md`, `compare.json` and `compare.png`.
+is in the repository. It writes `table.md` and `compare.png`.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -202,8 +201,6 @@ def show(args: Args, study: Study) -> None:
             f"steps, after {trim} steps at the boundary."
         )
     (study.folder / "table.md").write_text("\n\n".join(text) + "\n")
-    record = {name: {str(b): values for b, values in at.items()} for name, at in table.items()}
-    (study.folder / "compare.json").write_text(json.dumps(record, indent=1))
     figure = trade_off_figure(_points(table), metric="PSNR (dB), held-out")
     save_figures(study.folder, {"compare": figure})
     print("\n\n".join(text))

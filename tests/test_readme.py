@@ -3,13 +3,17 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import linen as nn
+
+import compaware_jax as ca
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 EXAMPLES = {
-    name: block
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    if (name := next(iter(re.findall(r"adapters import (\w+)", block)), None))
+    name: block for block in BLOCKS if (name := next(iter(re.findall(r"adapters import (\w+)", block)), None))
 }
 
 
@@ -18,3 +22,29 @@ def test_example(name):
     made = {}
     exec(compile(EXAMPLES[name], f"README, {name}", "exec"), made)
     assert made["plan"].counts[0][1:] == (8, 16)
+
+
+def test_batch_statistics():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Dense(2)(nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))))
+
+    x = jax.random.normal(jax.random.key(0), (16, 3))
+    made = {
+        "model": Model(),
+        "variables": Model().init(jax.random.key(1), x, False),
+        "x": x,
+        "jnp": jnp,
+        "ca": ca,
+    }
+    (example,) = (block for block in BLOCKS if "batch_stats" in block)
+    exec(compile(example, "README, batch statistics", "exec"), made)
+    result = ca.compress(
+        made["apply"], made["variables"], made["loss"], lambda step: {"x": x, "y": x[:, :2]},
+        groups=made["groups"], budget=ca.params(0.6), search=ca.GradientSearch(steps=5), fine_tune=5,
+        progress=False,
+    )  # fmt: skip
+    ((_, kept, units),) = result.plan.counts
+    assert kept < units == 8
+    assert result.variables["batch_stats"]["BatchNorm_0"]["mean"].shape == (kept,)
