@@ -193,12 +193,13 @@ class Seed:
         return uniform_widths(self.groups, budget)
 
     def random(self, budget: float, number: int) -> np.ndarray:
-        """Random counts on the budget: shares log-uniform over a factor of sixteen."""
-        cost = parameter_cost(self.groups)
+        """Random counts on the budget: shares log-uniform over a factor of sixteen, the latent whole."""
+        groups, cost = self.groups, parameter_cost(self.groups)
         rng = np.random.default_rng([number, round(1e4 * budget)])
-        shares = jnp.asarray(rng.uniform(-2, 2, len(self.groups.groups)) * np.log(2), float)
-        share = np.exp(np.asarray(on_budget(cost, shares, budget))) / self.groups.sizes
-        return round_counts(cost, share, ca.params(budget).limit(self.groups))
+        log_shares = rng.uniform(-2, 2, len(groups.groups)) * np.log(2)
+        log_shares[[group.coupling for group in groups.groups]] = 20.0
+        share = np.exp(np.asarray(on_budget(cost, jnp.asarray(log_shares, float), budget))) / groups.sizes
+        return round_counts(cost, share, ca.params(budget).limit(groups))
 
 
 class Study:
