@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Num
 
 from compaware_jax.cost import Cost
 from compaware_jax.criteria import Apply, Criterion
+from compaware_jax.errors import BudgetError
 from compaware_jax.fit import (
     Batches,
     Loss,
@@ -129,7 +130,8 @@ def on_budget(cost: Cost, log_share: Float[Array, " groups"], budget: ArrayLike)
     # A group that may be emptied goes down to a quarter of a unit, which rounds to none.
     least = np.maximum(cost.least, 0.25)
     top, most, bottom = (
-        jnp.log(jnp.asarray(counts, log_share.dtype)) for counts in (cost.units, cost.most, least)
+        jnp.log(jnp.asarray(counts, log_share.dtype))
+        for counts in (cost.units, np.maximum(cost.most, least), least)
     )
     goal = budget * cost(jnp.exp(top))
 
@@ -143,7 +145,8 @@ def on_budget(cost: Cost, log_share: Float[Array, " groups"], budget: ArrayLike)
         return jnp.where(over, low, middle), jnp.where(over, middle, high)
 
     # At the low end every group is down to the fewest units, at the high end every group is whole.
-    bounds = (-jnp.max(top + log_share), -jnp.min(log_share))
+    fewest = min(float(np.log(least.min(initial=1.0))), 0.0)
+    bounds = (fewest - jnp.max(top + log_share), -jnp.min(log_share))
     low, _ = jax.lax.fori_loop(0, 30, halve, bounds)
     return place(low)
 
@@ -182,8 +185,9 @@ class GradientSearch:
     Every step samples an allocation around the coefficients (log-normal), shifts it onto the budget
     surface, opens the gates of each group's best units with a soft edge, and takes one gradient for
     both. The coefficients' gradient is made tangent to the budget surface, by the multiplier that
-    solves the Lagrangian's stationarity in the least-squares sense, in closed form; so the budget holds
-    at every step and its multiplier needs no tuning. Criteria go in by augmented Lagrangian.
+    solves the Lagrangian's stationarity in the least-squares sense, in closed form (bounded while nearly
+    every group is whole), and after each step the shares are shifted onto the surface; so the budget holds at
+    every step and its multiplier needs no tuning. Criteria go in by augmented Lagrangian.
 
     Sampling is what keeps this from starving a layer: units beyond the present edge are trained in a
     part of the steps, so the gradient sees what they would be worth, not what untrained ones are worth.
@@ -206,6 +210,13 @@ class GradientSearch:
     travel: float = 20.0
     ramp: float = 0.3
     harden: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 <= self.ramp <= 1 or not 0 <= self.harden <= 1:
+            raise BudgetError(
+                f"GradientSearch: steps={self.steps}, ramp={self.ramp}, harden={self.harden}; expected at "
+                "least one step, and shares of the steps in [0, 1]."
+            )
 
     def build(self, problem: Problem) -> Search:
         """The search as pure functions."""
@@ -233,8 +244,8 @@ class GradientSearch:
 
         def step(state: GradientState, index: jax.Array) -> tuple[GradientState, dict[str, jax.Array]]:
             progress = index / self.steps
-            soft = jnp.clip((1 - progress) / self.harden, 0.0, 1.0)
-            budget = state.budget ** jnp.clip(progress / self.ramp, 0.0, 1.0)
+            soft = jnp.clip((1 - progress) / max(self.harden, _TINY), 0.0, 1.0)
+            budget = state.budget ** (jnp.clip(progress / self.ramp, 0.0, 1.0) if self.ramp else 1.0)
             rank = ranks(groups, problem.score(groups, state.variables))
             noise = jax.random.normal(jax.random.fold_in(state.key, index), state.log_share.shape)
             sampled = on_budget(cost, state.log_share + soft * self.noise * noise, budget)
@@ -243,9 +254,10 @@ class GradientSearch:
                 gates = soft_gates(groups, jnp.exp(log_counts), rank, soft * self.edge)
                 masked = apply_mask(groups, gates, variables)
                 batch = problem.batches(index + state.offset)
-                return objective(problem.apply, masked, batch, state.multipliers)
+                total, (violations, news) = objective(problem.apply, masked, batch, state.multipliers)
+                return total, (violations, news, masked)
 
-            (total, (violations, news)), (by_count, by_weight) = jax.value_and_grad(
+            (total, (violations, news, seen)), (by_count, by_weight) = jax.value_and_grad(
                 value, (0, 1), has_aux=True
             )(sampled, state.variables)
             tangent, price = _tangent(cost, sampled, by_count, sampled < most - 1e-4)
@@ -255,12 +267,12 @@ class GradientSearch:
             log_share = on_budget(cost, state.log_share + change, budget) - top
             updates, optimizer = weights_rule.update(by_weight, state.optimizer, state.variables)
             new = GradientState(
-                variables=updated(optax.apply_updates(state.variables, updates), news),
+                variables=updated(optax.apply_updates(state.variables, updates), news, seen),
                 log_share=log_share,
                 optimizer=optimizer,
                 share_optimizer=share_optimizer,
                 multipliers=dual_ascent(state.multipliers, violations),
-                price=0.98 * state.price + 0.02 * price / total,
+                price=0.98 * state.price + 0.02 * price / jnp.maximum(jnp.abs(total), _TINY),
                 budget=state.budget,
                 key=state.key,
                 offset=state.offset,
@@ -276,6 +288,8 @@ class GradientSearch:
         )
 
 
+_TINY = 1e-30
+
 # The least share of all that can pay which sets the price: at the start nearly everything is whole, and the
 # few that are not would set one that is noise many times larger than any slope.
 _PAYING = 0.5
@@ -286,7 +300,8 @@ def _tangent(
 ) -> tuple[jax.Array, jax.Array]:
     """The gradient along the budget surface, and the multiplier that makes it so.
 
-    Only groups that are not whole can pay for others, so only they set the multiplier.
+    Only groups that are not whole can pay for others, so only they set the multiplier. While they are few, it
+    is bounded, and the gradient is not quite tangent; `on_budget` puts the shares back.
     """
     by_cost = jax.grad(lambda x: jnp.log(cost(jnp.exp(x))))(log_counts)
     can_pay = jnp.sum(by_cost, where=cost.least < cost.most)

@@ -16,12 +16,12 @@ from compaware_jax.boundary import trim
 from compaware_jax.coefficients import GradientSearch, Problem, Score, SearchMethod
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion, Verdict, measure
-from compaware_jax.fit import Batches, Loss, fit
+from compaware_jax.fit import Batches, Loss, check_finite, fit
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
 from compaware_jax.loop import run_steps
 from compaware_jax.plan import Plan, plan_units
-from compaware_jax.request import check_request, describe_request
+from compaware_jax.request import check_budget, check_request, describe_request
 from compaware_jax.select import keep_units, round_counts
 from compaware_jax.small_function import Uncut, slim, uncut, work_in
 from compaware_jax.surgery import shrink
@@ -119,8 +119,10 @@ def compress(
       CriterionError: the dense model already fails a criterion.
       PlanError: nothing can leave, or the variables are not those of the groups, or not trainable.
       TraceError: the loss is not one finite number.
+      DivergenceError: the search or the fine-tune ended in values that are not finite.
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
     """
+    check_budget(budget)
     cost = COSTS[budget.cost](groups)
     problem = Problem(apply, loss, batches, groups, cost, tuple(criteria), score)
     before = check_request(problem, variables, held_out, allow_failing=allow_failing)
@@ -149,6 +151,7 @@ def compress(
     )
     coefficients = np.asarray(found.coefficients(state))
     trained = found.variables(state)
+    check_finite(trained, "search")
     counts = round_counts(problem.cost, coefficients, limit)
     scores = np.asarray(problem.score(groups, trained))
     keep = keep_units(groups, scores, counts)

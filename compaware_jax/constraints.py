@@ -32,7 +32,8 @@ def constrain(
 
     Patterns are shell patterns (``*``, ``?``, ``[…]``) of group names; where none fits, of the component
     that produces a group; where none fits, of the paths of leaves that its units span. Where several
-    demands reach a group, the last wins.
+    demands of a call reach a group, the last wins. Called again, demands add up: floors rise, ceilings fall,
+    multiples become common ones.
 
     Args:
       groups: what can leave.
@@ -51,7 +52,7 @@ def constrain(
 
     Raises:
       BudgetError: a pattern matches no group, a number is out of range, groups forced together differ in
-        size, or a floor is above its ceiling.
+        size, a floor is above its ceiling, or groups under demands are to be tied or split.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,6 +63,11 @@ def constrain(
       >>> ca.constrain(groups, floor={"a": 0.2}, multiple_of=8).floors
       array([16])
     """
+    if groups.limits is not None and (together or apart):
+        raise BudgetError(
+            "constrain: these groups are under demands already, which would not fit groups tied together or "
+            "split. Ask for `together` and `apart` in the first call."
+        )
     for pair in together:
         groups = _tied(groups, *pair)
     for name, parts in (apart or {}).items():
@@ -82,7 +88,8 @@ def constrain(
     empty = np.zeros(number, bool)
     for pattern in (may_empty,) if isinstance(may_empty, str) else may_empty:
         empty[_matching(groups, pattern, "may_empty")] = True
-    result = replace(groups, limits=Limits(least, most, step, empty))
+    demands = Limits(least, most, step, empty)
+    result = replace(groups, limits=demands if groups.limits is None else _both(groups.limits, demands))
     for group, low, high in zip(groups.groups, result.floors, result.ceilings, strict=True):
         if low > high:
             raise BudgetError(
@@ -91,6 +98,15 @@ def constrain(
                 "are rounded to multiples."
             )
     return result
+
+
+def _both(first: Limits, second: Limits) -> Limits:
+    return Limits(
+        least=np.maximum(first.least, second.least),
+        most=np.minimum(first.most, second.most),
+        step=np.lcm(first.step, second.step),
+        may_empty=first.may_empty | second.may_empty,
+    )
 
 
 def _units(amount: Amount, size: int, what: str) -> float:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from compaware_jax.errors import CriterionError
@@ -37,6 +39,7 @@ class Criterion:
     trainable: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", _number(self.name, self.threshold))
         if not np.isfinite(self.threshold):
             raise CriterionError(
                 f"Criterion `{self.name}`: the threshold is {self.threshold}, expected a finite number."
@@ -55,14 +58,24 @@ class Criterion:
         return f"{self.name} {'≥' if self.above else '≤'} {self.threshold:g}"
 
 
-def at_least(name: str, metric: Metric, threshold: float, *, trainable: bool = True) -> Criterion:
-    """The metric may not fall below the threshold; see `Criterion`."""
-    return Criterion(name, metric, threshold, True, trainable)
+def at_least(name: str, metric: Metric, threshold: ArrayLike, *, trainable: bool = True) -> Criterion:
+    """The metric may not fall below the threshold, a number or a measured value; see `Criterion`."""
+    return Criterion(name, metric, _number(name, threshold), True, trainable)
 
 
-def at_most(name: str, metric: Metric, threshold: float, *, trainable: bool = True) -> Criterion:
-    """The metric may not rise above the threshold; see `Criterion`."""
-    return Criterion(name, metric, threshold, False, trainable)
+def at_most(name: str, metric: Metric, threshold: ArrayLike, *, trainable: bool = True) -> Criterion:
+    """The metric may not rise above the threshold, a number or a measured value; see `Criterion`."""
+    return Criterion(name, metric, _number(name, threshold), False, trainable)
+
+
+def _number(name: str, threshold: ArrayLike) -> float:
+    """An array, such as a measured value times a share, is the number that it holds."""
+    try:
+        return float(np.asarray(threshold).item())
+    except (TypeError, ValueError) as error:
+        raise CriterionError(
+            f"Criterion `{name}`: the threshold is {threshold!r}, expected one number."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,7 @@ def measure(criteria: Sequence[Criterion], apply: Apply, variables: Any, batch: 
       Value per criterion's name.
 
     Raises:
-      CriterionError: two criteria have the same name.
+      CriterionError: two criteria have the same name, or a metric is no scalar.
     """
     names = [c.name for c in criteria]
     if len(set(names)) < len(names):
@@ -97,6 +110,12 @@ def measure(criteria: Sequence[Criterion], apply: Apply, variables: Any, batch: 
             "can be reported."
         )
     values = jax.jit(lambda v, b: [c.metric(apply, v, b) for c in criteria])(variables, batch)
+    for c, value in zip(criteria, values, strict=True):
+        if jnp.shape(value) != ():
+            raise CriterionError(
+                f"measure: the metric of `{c.name}` has shape {jnp.shape(value)}, expected a scalar, such as "
+                "a mean over the batch."
+            )
     return {c.name: float(value) for c, value in zip(criteria, values, strict=True)}
 
 

@@ -25,5 +25,9 @@ class CriterionError(CompawareError):
     """A criterion is malformed, or the dense model already fails it."""
 
 
+class DivergenceError(CompawareError):
+    """Training ended in values that are not finite."""
+
+
 class CheckpointError(CompawareError):
     """A checkpoint is corrupt or belongs to another job."""

@@ -13,13 +13,13 @@ import optax
 from jax.extend.core import get_opaque_trace_state
 
 from compaware_jax.criteria import Apply, Criterion
-from compaware_jax.errors import TraceError
-from compaware_jax.groups import leaves_of
+from compaware_jax.errors import DivergenceError, TraceError
 from compaware_jax.loop import digest, run_steps
+from compaware_jax.trace import named_leaves
 
 Loss = Callable[[Apply, Any, Any], Any]
 """``(apply, variables, batch) -> scalar``, differentiable in the variables; or ``-> (scalar, updates)``,
-where updates are new values of some entries of the variables, such as ``{"batch_stats": ...}``."""
+where updates are new values of some leaves, nested as the variables are, e.g. ``{"batch_stats": ...}``."""
 
 Batches = Callable[[jax.Array], Any]
 """``step -> batch``: a pure function, so that the step is the whole data position."""
@@ -32,7 +32,7 @@ def constrained(
 
     With ``c = -margin`` (positive where a criterion fails), the term of each criterion is
     ``(max(0, m + strength * c)^2 - m^2) / (2 * strength)``, in units of the current loss, so that the
-    strength needs no tuning to the loss' scale.
+    strength needs no tuning to the loss' scale; a loss of zero counts as one.
 
     Args:
       loss: see `Loss`.
@@ -56,7 +56,8 @@ def constrained(
         violations = -jnp.stack([c.margin(c.metric(apply, variables, batch)) for c in trained])
         raised = jnp.maximum(0.0, multipliers + strength * violations)
         terms = (raised**2 - multipliers**2) / (2 * strength)
-        return base + jax.lax.stop_gradient(jnp.abs(base)) * terms.sum(), (violations, updates)
+        scale = jax.lax.stop_gradient(jnp.where(base == 0, 1.0, jnp.abs(base)))
+        return base + scale * terms.sum(), (violations, updates)
 
     return value
 
@@ -64,39 +65,49 @@ def constrained(
 def value_and_updates(loss: Loss, apply: Apply, variables: Any, batch: Any) -> tuple[jax.Array, Any]:
     """A loss' value, and its updates of the variables; none where it returns the value alone."""
     found = loss(apply, variables, batch)
-    return found if isinstance(found, tuple) else (found, {})
+    if not isinstance(found, tuple):
+        return found, {}
+    if len(found) != 2:
+        raise TraceError(
+            f"the loss returned {len(found)} values, expected a scalar, or a scalar and updates of the "
+            "variables. Leave out what is for other eyes."
+        )
+    return found
 
 
-def updated(variables: Any, updates: Any) -> Any:
+def updated(variables: Any, updates: Any, seen: Any = None) -> Any:
     """The variables with the updates that a loss returned.
 
+    Args:
+      variables: a pytree of arrays.
+      updates: new values of some of its leaves, at the same tree paths.
+      seen: what the loss saw in place of the variables, where that was masked. Then the change goes over, not
+        the value: gates would gather in what the loss updates step by step.
+
     Raises:
-      TraceError: the updates are not of the variables' entries, or of other structure or shapes.
+      TraceError: an update is at no path of the variables, or of another shape or dtype.
     """
-    if not updates:
+    news = named_leaves(updates)
+    if not news:
         return variables
-    if (
-        not isinstance(updates, Mapping)
-        or not isinstance(variables, Mapping)
-        or not updates.keys() <= variables.keys()
-    ):
-        raise TraceError(
-            f"the loss returned updates of {_entries(updates)}, expected entries of the variables, which are "
-            f"{_entries(variables)}. Return (loss, updates) with updates such as {{'batch_stats': ...}}."
-        )
-    for name, new in updates.items():
-        got, expected = leaves_of(new), leaves_of(variables[name])
-        if got != expected:
-            differ = [pair for pair in zip(got, expected, strict=False) if pair[0] != pair[1]]
+    paths = {path: i for i, (path, _) in enumerate(named_leaves(variables))}
+    leaves, structure = jax.tree.flatten(variables)
+    old = leaves if seen is None else jax.tree.leaves(seen)
+    result = list(leaves)
+    for path, new in news:
+        i = paths.get(path)
+        if i is None:
             raise TraceError(
-                f"the loss returned updates of `{name}` that are not like those variables; (got, expected): "
-                f"{differ[:1] or (len(got), len(expected))}. Return all of `{name}`, in its shapes."
+                f"the loss returned an update of `{path}`, expected paths of the variables, which are "
+                f"{sorted(paths)[:12]}. Return (loss, updates), the updates nested as the variables are."
             )
-    return {**variables, **updates}
-
-
-def _entries(tree: Any) -> Any:
-    return sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
+        if (jnp.shape(new), jnp.result_type(new)) != (old[i].shape, old[i].dtype):
+            raise TraceError(
+                f"the loss returned an update of `{path}` of shape {jnp.shape(new)} and "
+                f"{jnp.result_type(new)}, expected {old[i].shape} and {old[i].dtype}, as the variable is."
+            )
+        result[i] = new if seen is None else leaves[i] + (new - old[i])
+    return jax.tree.unflatten(structure, result)
 
 
 def _once(apply: Apply) -> Apply:
@@ -203,6 +214,10 @@ def fit(
 
     Returns:
       The trained variables, and the history per chunk of steps.
+
+    Raises:
+      DivergenceError: the training ended in values that are not finite.
+      CheckpointError: see `run_steps`.
     """
     init, step = fit_step(apply, loss, batches, adam_cosine(learning_rate, steps), criteria)
     state, history = run_steps(
@@ -219,4 +234,19 @@ def fit(
         },
         progress=progress,
     )
+    check_finite(state.variables, label)
     return state.variables, history
+
+
+def check_finite(variables: Any, label: str) -> None:
+    """Refuse the outcome of a training that diverged.
+
+    Raises:
+      DivergenceError: a leaf holds values that are not finite.
+    """
+    bad = [path for path, leaf in named_leaves(variables) if not bool(jnp.isfinite(leaf).all())]
+    if bad:
+        raise DivergenceError(
+            f"{label}: the training ended in values that are not finite, in {bad[:3]}. Lower its learning "
+            "rate, or look for a division by what may become zero in a smaller model."
+        )

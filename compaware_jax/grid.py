@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from compaware_jax.coefficients import Problem, Search, on_budget, soft_gates
+from compaware_jax.errors import BudgetError
 from compaware_jax.fit import adam_cosine, fit_step
 from compaware_jax.importance import ranks
 from compaware_jax.masks import apply_mask
+
+MOST_POINTS = 100_000
 
 
 class GridState(NamedTuple):
@@ -51,6 +54,12 @@ class GridSearch:
         groups, cost = problem.groups, problem.cost
         levels = np.log(np.asarray(self.levels))
         varied = np.flatnonzero(groups.floors < groups.ceilings)[1:]
+        if len(levels) ** len(varied) > MOST_POINTS:
+            raise BudgetError(
+                f"GridSearch: {len(levels)} levels of {len(varied)} groups are "
+                f"{len(levels) ** len(varied):,} points, expected at most {MOST_POINTS:,}. Give fewer "
+                "levels, keep groups whole with constrain(groups, whole=...), or use GradientSearch."
+            )
         points = list(itertools.product(levels, repeat=len(varied)))
         rows = -(-len(points) // self.at_once) * self.at_once
         grid = np.zeros((rows, len(groups.groups)))
@@ -82,7 +91,8 @@ class GridSearch:
         def step(state: GridState, index: jax.Array) -> tuple[GridState, dict[str, jax.Array]]:
             numbers = index * self.at_once + jnp.arange(self.at_once)
             found = jax.vmap(lambda x: attempt(state, x))(state.log_counts[numbers])
-            losses = state.losses.at[numbers].set(found)
+            # A point that diverged is none of the best.
+            losses = state.losses.at[numbers].set(jnp.where(jnp.isnan(found), jnp.inf, found))
             return state._replace(losses=losses), {"loss": losses.min()}
 
         def coefficients(state: GridState) -> jax.Array:

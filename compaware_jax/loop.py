@@ -48,7 +48,7 @@ def run_steps(
       job: what identifies the run (JSON values); a checkpoint of another job is refused.
       every: chunks between checkpoints.
       between: functions of the state, run on the host before the step of that number (a multiple of
-        `chunk`); they must not change shapes or dtypes.
+        `chunk`), or after the last one if there is no such step; they must not change shapes or dtypes.
       progress: show a progress bar.
 
     Returns:
@@ -95,6 +95,8 @@ def run_steps(
                 if store is not None and done:
                     store.save(done, state, history)
                 raise
+        if between and steps in between:
+            state = between[steps](state)
     finally:
         if store is not None:
             store.close()

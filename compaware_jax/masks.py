@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 
+from compaware_jax.errors import PlanError
 from compaware_jax.groups import Groups
 
 
@@ -23,8 +24,13 @@ def mask(groups: Groups, gates: Num[ArrayLike, " units"], variables: Any) -> Any
 
     Returns:
       A pytree like `variables`; axes that no unit reaches have size 1 in it, so it broadcasts.
+
+    Raises:
+      PlanError: there is not one gate per unit.
     """
     gates = jnp.asarray(gates, float)
+    if gates.shape != (groups.units,):
+        raise PlanError(f"mask: gates have shape {gates.shape}, expected one per unit, ({groups.units},).")
     leaves = [_outer(axes, gates) for axes in groups.units_of]
     return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 

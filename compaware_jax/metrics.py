@@ -263,4 +263,11 @@ def _pair(function: str, images: ArrayLike, reference: ArrayLike) -> tuple[Array
             f"{function}: got shapes {images.shape} and {reference.shape}; expected equal ones; "
             "compare each image with its own reference."
         )
-    return images, reference
+    if not (jnp.issubdtype(images.dtype, jnp.floating) and jnp.issubdtype(reference.dtype, jnp.floating)):
+        raise ValueError(
+            f"{function}: got {images.dtype} and {reference.dtype}, expected floating-point images; convert "
+            "them, e.g. with x.astype(float) / 255."
+        )
+    # Sums over many small numbers are not for half precision.
+    dtype = jnp.promote_types(jnp.promote_types(images.dtype, reference.dtype), jnp.float32)
+    return images.astype(dtype), reference.astype(dtype)

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from compaware_jax.coefficients import Problem, SearchMethod
+from compaware_jax.cost import Budget
 from compaware_jax.criteria import check_dense, measure
-from compaware_jax.errors import CriterionError, PlanError, TraceError
+from compaware_jax.errors import BudgetError, CriterionError, PlanError, TraceError
 from compaware_jax.fit import updated, value_and_updates
 from compaware_jax.groups import Groups, fingerprint, leaves_of
 from compaware_jax.loop import digest
@@ -54,13 +56,25 @@ def check_request(
     return before
 
 
+def check_budget(budget: Any) -> None:
+    """Refuse what is no budget.
+
+    Raises:
+      BudgetError: says what to pass instead.
+    """
+    if not isinstance(budget, Budget):
+        raise BudgetError(
+            f"the budget is {budget!r}, expected a Budget: params({budget!r}), nbytes(...) or flops(...)."
+        )
+
+
 def describe_request(problem: Problem, variables: Any, method: SearchMethod) -> dict[str, Any]:
     """What identifies a request, as JSON values: a checkpoint of another one is refused."""
     settings = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
     score = problem.score
     return {
         "model": problem.groups.fingerprint,
-        "units": problem.groups.units,
+        "groups": _mark(problem.groups),
         "variables": digest(variables),
         "criteria": [[c.name, c.threshold, c.above, c.trainable] for c in problem.criteria],
         # JSON has no tuples: a job has to compare equal after a round trip.
@@ -70,6 +84,15 @@ def describe_request(problem: Problem, variables: Any, method: SearchMethod) -> 
         ],
         "score": getattr(score, "__name__", type(score).__name__),
     }
+
+
+def _mark(groups: Groups) -> str:
+    """A hash of the groups, of what cuts them and of what is demanded of them."""
+    cuts = groups.analysis.cuts
+    named = [(group.name, group.units, group.boundary) for group in groups.groups]
+    cut = [cuts.within_heads, cuts.boundary, *sorted(map(repr, cuts.choices)), groups.released, groups.states]
+    limits = groups.floors, groups.ceilings, groups.steps, groups.may_empty
+    return digest([np.frombuffer(repr([named, cut]).encode(), np.uint8), groups.units_of, limits])
 
 
 def _check_variables(variables: Any, groups: Groups) -> None:

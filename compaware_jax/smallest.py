@@ -82,7 +82,8 @@ def smallest(
             f"{sorted(COSTS)}, and two numbers in (0, 1)."
         )
     whole = COSTS[cost](groups)
-    floor = whole.floor / whole.total
+    # Where everything may be emptied, even nothing is within reach.
+    floor = max(whole.floor, 1) / whole.total
     found: dict[float, Result] = {}
 
     def works(budget: float) -> bool:

@@ -22,7 +22,7 @@ from compaware_jax.importance import l2
 from compaware_jax.loop import run_steps
 from compaware_jax.masks import apply_mask
 from compaware_jax.plan import Plan, plan_units
-from compaware_jax.request import check_request, describe_request
+from compaware_jax.request import check_budget, check_request, describe_request
 from compaware_jax.select import keep_units, round_counts
 from compaware_jax.surgery import shrink
 
@@ -109,8 +109,12 @@ def sweep(
     Raises:
       BudgetError: a budget is below what the fixed axes allow.
       CriterionError, PlanError, TraceError, CheckpointError: as for `compress`.
-      ValueError: the budgets are none, or on different costs.
+      ValueError: the budgets are none, or on different costs, or there are no seeds.
     """
+    for budget in budgets:
+        check_budget(budget)
+    if seeds < 1:
+        raise ValueError(f"sweep: seeds={seeds}, expected at least one lane per budget.")
     kinds = {budget.cost for budget in budgets}
     if len(kinds) != 1:
         raise ValueError(

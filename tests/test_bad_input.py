@@ -1,5 +1,7 @@
 """Inputs that are odd or wrong: handled, or refused with what to do."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -198,3 +200,11 @@ def test_symbolic_batch_is_refused_and_its_remedy_works():
     exported = jax.export.export(jax.jit(jax.vmap(lambda x: small_apply(small, x[None])[0])))(x)
     images = jnp.asarray(rng.normal(size=(5, 2, 3)))
     np.testing.assert_allclose(exported.call(images), small_apply(small, images), rtol=1e-5)
+
+
+def test_gates_of_another_length():
+    groups = ca.find_groups(two_layers, variables(), X)
+    for gates in (np.ones(3), np.ones(5), np.ones((4, 1))):
+        with pytest.raises(PlanError, match=r"expected one per unit, \(4,\)"):
+            # Without the annotations that tests check.
+            inspect.unwrap(ca.mask)(groups, gates, variables())

@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.core import freeze
 
 import compaware_jax as ca
+from compaware_jax.coefficients import Problem
+from compaware_jax.cost import parameter_cost
 from compaware_jax.errors import TraceError
+from compaware_jax.loop import run_steps
 
 MOMENTUM = 0.9
 
@@ -98,12 +102,51 @@ def test_sweeps_take_the_updates(dense, groups):
     assert error(small, point.variables, held_out) < error(small, stale, held_out)
 
 
+def test_soft_gates_do_not_gather_in_the_statistics(dense, groups):
+    """What was closed and opens again finds the statistics that it left."""
+    cost = parameter_cost(groups)
+    problem = Problem(apply, loss, batches, groups, cost)
+    found = ca.GradientSearch(steps=100, harden=0.0, ramp=0.01).build(problem)
+    state, _ = run_steps(
+        found.step, found.init(dense, 0.4, jax.random.key(0), 0), 100, label="", progress=False
+    )
+    variance = found.variables(state)["batch_stats"]["BatchNorm_0"]["var"]
+    x = jnp.concatenate([batches(i)["x"] for i in range(100)])
+    layer = found.variables(state)["params"]["Dense_0"]
+    expected = jnp.var(x @ layer["kernel"] + layer["bias"], 0)
+    ratio = np.asarray(variance / expected)
+    assert (ratio > 0.3).all(), ratio
+
+
+def test_updates_beside_trained_leaves():
+    """Where a module holds both, only what is returned is taken over."""
+
+    def module(v, x):
+        y = x @ v["layer"]["w"]
+        return jnp.tanh(y - v["layer"]["mean"]) @ v["out"], y.mean(0)
+
+    def module_loss(f, v, batch):
+        y, mean = f(v, batch["x"])
+        return jnp.mean((y - batch["y"]) ** 2), {"layer": {"mean": mean}}
+
+    start = freeze({"layer": {"w": jnp.ones((8, 4)) / 8, "mean": jnp.zeros(4)}, "out": jnp.ones((4, 3))})
+    found, _ = ca.fit(module, start, module_loss, batches, 20, learning_rate=1e-2, progress=False)
+    assert jax.tree.structure(found) == jax.tree.structure(start)
+    assert (found["layer"]["w"] != start["layer"]["w"]).all()
+    np.testing.assert_allclose(
+        found["layer"]["mean"], batches(19)["x"].mean(0) @ found["layer"]["w"], atol=0.1
+    )
+
+
 @pytest.mark.parametrize(
     ("updates", "message"),
     [
-        ({"statistics": {}}, r"updates of .'statistics'., expected entries .* .'batch_stats', 'params'."),
-        ([jnp.zeros(3)], "updates of list"),
-        ({"batch_stats": {"BatchNorm_0": {}}}, r"not like those variables; .*: \(0, 4\)"),
+        ({"statistics": jnp.zeros(3)}, "an update of `statistics`, expected paths of the variables"),
+        ([jnp.zeros(3)], "an update of `0`"),
+        (
+            {"batch_stats": {"BatchNorm_0": {"mean": jnp.zeros(3)}}},
+            r"of `batch_stats/BatchNorm_0/mean` of shape \(3,\) and float32, expected \(24,\)",
+        ),
     ],
 )
 def test_other_updates_are_refused(dense, groups, updates, message):

@@ -8,6 +8,7 @@ import pytest
 import compaware_jax as ca
 from compaware_jax.coefficients import Problem, _tangent, on_budget, soft_gates
 from compaware_jax.cost import parameter_cost
+from compaware_jax.errors import BudgetError
 from compaware_jax.fit import constrained, dual_ascent
 from compaware_jax.importance import ranks
 from compaware_jax.loop import run_steps
@@ -180,3 +181,43 @@ def test_search_is_one_program_for_many_budgets(trained):
     counts = jax.vmap(search.coefficients)(state) * groups.sizes
     reached = jax.vmap(cost)(counts) / cost.total
     np.testing.assert_allclose(reached, budgets, rtol=1e-3)
+
+
+def test_shares_may_fall_below_a_unit_where_a_group_may_be_emptied(trained):
+    _, groups = trained
+    cost = parameter_cost(ca.constrain(groups, may_empty="*"))
+    counts = jnp.exp(on_budget(cost, jnp.zeros(3), 0.08))
+    assert (np.asarray(counts) < 1).any()
+    assert float(cost(counts)) == pytest.approx(0.08 * cost.total, rel=1e-3)
+    closed = parameter_cost(ca.constrain(groups, may_empty="*", ceiling={groups.groups[0].name: 0}))
+    counts = np.exp(on_budget(closed, jnp.zeros(3), 0.3))
+    assert np.isfinite(counts).all()
+    assert counts[0] < 0.5
+
+
+def test_grid_search_passes_over_what_diverges(trained):
+    """A loss that is infinite in short of a layer's units, and not a number beside it."""
+    variables, groups = trained
+
+    def loss(f, v, batch):
+        open_units = (jnp.abs(v["layer1"]["b"]) > 0).sum()
+        return tasks.loss(f, v, batch) + jnp.where(open_units < 0, 0.0, jnp.nan)
+
+    problem = Problem(tasks.apply, loss, tasks.batches, groups, parameter_cost(groups))
+    found = ca.GridSearch(levels=(0.5, 1.0), steps_each=1).build(problem)
+    state, _ = found.step(found.init(variables, 0.5, jax.random.key(0), 0), jnp.int32(0))
+    assert np.isposinf(np.asarray(state.losses)).all()
+
+
+def test_grid_of_too_many_points_is_refused(trained):
+    _, groups = trained
+    problem = Problem(tasks.apply, tasks.loss, tasks.batches, groups, parameter_cost(groups))
+    with pytest.raises(BudgetError, match="1000 levels of 2 groups are 1,000,000 points"):
+        ca.GridSearch(levels=tuple(np.linspace(0.1, 2, 1000).tolist())).build(problem)
+
+
+def test_a_loss_of_zero_leaves_the_criteria(trained):
+    """An application that is given by its criteria alone."""
+    criterion = ca.at_most("x", lambda f, v, b: v, 1.0)
+    value = constrained(lambda f, v, b: 0.0 * v, [criterion])
+    assert jax.grad(lambda v: value(lambda v: v, v, None, jnp.zeros(1))[0])(3.0) > 0

@@ -1,5 +1,6 @@
 """The main job on a small problem: end to end, killed and resumed, and with bad input."""
 
+import inspect
 import json
 import os
 import signal
@@ -14,7 +15,14 @@ import numpy as np
 import pytest
 
 import compaware_jax as ca
-from compaware_jax.errors import BudgetError, CheckpointError, CriterionError, PlanError, TraceError
+from compaware_jax.errors import (
+    BudgetError,
+    CheckpointError,
+    CriterionError,
+    DivergenceError,
+    PlanError,
+    TraceError,
+)
 from tests import tasks
 
 BOUND = ca.at_most("error", tasks.error, 0.25)
@@ -116,11 +124,27 @@ def test_bad_input(trained, tmp_path):
         compress((broken, groups))
     with pytest.raises(PlanError, match="not those that the groups were found for"):
         compress(({"layer0": variables["layer0"]}, groups))
-    with pytest.raises(ValueError, match="all on the same cost"):
-        ca.sweep(
-            tasks.apply, variables, tasks.loss, tasks.batches, groups=groups,
-            budgets=[ca.params(0.5), ca.flops(0.5)],
+    with pytest.raises(BudgetError, match=r"is 0.5, expected a Budget: params\(0.5\)"):
+        # Without the annotations that tests check.
+        inspect.unwrap(ca.compress)(
+            tasks.apply, variables, tasks.loss, tasks.batches, groups=groups, budget=0.5
+        )
+    with pytest.raises(CriterionError, match=r"has shape \(64, 8\), expected a scalar"):
+        compress(trained, criteria=[ca.at_most("x", lambda f, v, b: f(v, b), 1.0)], held_out=tasks.batches(0))
+    with pytest.raises(TraceError, match="returned 3 values, expected a scalar"):
+        ca.compress(
+            tasks.apply, variables, lambda *args: (tasks.loss(*args), {}, 0), tasks.batches,
+            groups=groups, budget=ca.params(0.5),
         )  # fmt: skip
+    for message, changes in {
+        "all on the same cost": {"budgets": [ca.params(0.5), ca.flops(0.5)]},
+        "at least one lane": {"budgets": [ca.params(0.5)], "seeds": 0},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ca.sweep(tasks.apply, variables, tasks.loss, tasks.batches, groups=groups, **changes)
+    for wrong in ({"steps": 0}, {"ramp": -0.1}, {"harden": 2.0}):
+        with pytest.raises(BudgetError, match="expected at least one step"):
+            ca.GradientSearch(**wrong)
 
 
 def test_foreign_and_corrupt_checkpoints(trained, tmp_path):
@@ -270,3 +294,42 @@ def test_work_at_full_width_is_said(caplog):
     )
     assert "reduce_max" in "".join(equation.where for equation in result.uncut)
     assert "FLOPs still run at full width" in caplog.text
+
+
+def test_checkpoints_are_of_the_same_demands(trained, tmp_path):
+    variables, groups = trained
+    whole = ca.constrain(groups, whole=groups.groups[0].name)
+    compress((variables, whole), directory=tmp_path, fine_tune=20)
+    with pytest.raises(CheckpointError, match=r"another job.*groups"):
+        compress(
+            (variables, ca.constrain(groups, whole=groups.groups[2].name)), directory=tmp_path, fine_tune=20
+        )
+    compress((variables, whole), directory=tmp_path, fine_tune=20)
+
+
+def test_training_that_diverges_is_an_error(trained):
+    with pytest.raises(DivergenceError, match=r"fine-tune: .* not finite, in \['layer0/b'"):
+        compress(trained, learning_rate=1e30, criteria=[])
+    with pytest.raises(DivergenceError, match="search: "):
+        compress(trained, search=ca.GradientSearch(steps=20, learning_rate=1e30), criteria=[])
+
+
+def test_threshold_that_was_measured(trained):
+    """A criterion may come from a measurement, which is an array."""
+    measured = tasks.error(tasks.apply, trained[0], tasks.held_out())
+    criterion = ca.at_most("error", tasks.error, 3 * measured)
+    assert isinstance(criterion.threshold, float)
+    compress(trained, criteria=[criterion], fine_tune=20)
+    with pytest.raises(CriterionError, match="expected one number"):
+        ca.at_most("error", tasks.error, jnp.ones(2))
+
+
+def test_sweep_without_fine_tune_is_cut_all_the_same(trained):
+    variables, groups = trained
+    (point,) = ca.sweep(
+        tasks.apply, variables, tasks.loss, tasks.batches, groups=groups, budgets=[ca.params(0.5)],
+        search=ca.GradientSearch(steps=50), fine_tune=0, progress=False,
+    )  # fmt: skip
+    cost, total = point.cost
+    assert 0.45 * total < cost <= 0.5 * total
+    assert sum(x.size for x in jax.tree.leaves(point.variables)) == cost

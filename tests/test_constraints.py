@@ -172,3 +172,15 @@ def test_a_group_is_emptied_only_where_that_is_allowed():
 def test_demands_that_cannot_be(groups, demand, message):
     with pytest.raises(BudgetError, match=message):
         ca.constrain(groups, **demand)
+
+
+def test_demands_add_up(groups):
+    first = ca.constrain(groups, whole="encoder", ceiling={"middle": 30}, may_empty="decoder")
+    both = ca.constrain(first, multiple_of=8, floor={"middle": 9})
+    assert both.floors.tolist() == [64, 16, 0]
+    assert both.ceilings.tolist() == [64, 24, 30]
+    assert ca.constrain(both, multiple_of=12).steps.tolist() == [24, 24, 24]
+    with pytest.raises(BudgetError, match="under demands already"):
+        ca.constrain(first, apart={"middle": 2})
+    with pytest.raises(BudgetError, match="would have to keep at least"):
+        ca.constrain(first, ceiling={"encoder": 8})

@@ -1,6 +1,7 @@
 """Application metrics against scikit-image and scikit-learn, and under transformations."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -202,3 +203,20 @@ def test_linear_accuracy_is_that_of_scikit_learn():
     assert got == pytest.approx(expected, abs=0.011)
     with pytest.raises(ValueError, match="linear_accuracy: got labels of shape"):
         linear_accuracy(latent, labels[:3], 5)
+
+
+def test_images_of_whole_numbers_are_refused():
+    """Squares of bytes would wrap around."""
+    image = np.full((1, 12, 12, 1), 10, np.uint8)
+    for metric in (metrics.psnr, metrics.ssim):
+        with pytest.raises(ValueError, match=r"uint8 and uint8, expected floating-point"):
+            # Without the annotations that tests check.
+            inspect.unwrap(metric)(image, image + 32)
+
+
+def test_half_precision_is_summed_in_full():
+    images = jax.random.uniform(jax.random.key(0), (2000, 6)).astype(jnp.bfloat16)
+    other = jax.random.uniform(jax.random.key(1), (2000, 6)).astype(jnp.bfloat16)
+    labels = jnp.zeros(2000, int)
+    full = metrics.worst_class_psnr(images.astype(jnp.float32), other.astype(jnp.float32), labels, 1)
+    assert float(metrics.worst_class_psnr(images, other, labels, 1)) == pytest.approx(float(full), abs=1e-4)

@@ -1,6 +1,7 @@
 """The smallest model that keeps its criteria, on a small problem."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import compaware_jax as ca
@@ -60,3 +61,20 @@ def test_nothing_smaller_keeps_a_bound_at_the_dense_error(problem):
 def test_bad_input(problem, changes, error, message):
     with pytest.raises(error, match=message):
         smallest(problem, **changes)
+
+
+def test_everything_may_be_emptied():
+    """Nothing is fixed, so no model at all is within reach of the cost."""
+
+    def apply(v, x):
+        return jnp.tanh(x @ v["a"]) @ v["b"]
+
+    variables = {"a": jnp.ones((8, 6)) / 8, "b": jnp.ones((6, 8)) / 6}
+    groups = ca.constrain(ca.find_groups(apply, variables, jnp.ones((1, 8))), may_empty="*")
+    found = ca.smallest(
+        apply, variables, tasks.loss, tasks.batches, groups=groups, held_out=tasks.held_out(),
+        criteria=[ca.at_most("error", tasks.error, 10.0)], start=0.5, tolerance=0.5, fine_tune=2,
+        search=ca.GradientSearch(steps=2), progress=False,
+    )  # fmt: skip
+    assert found.result is not None
+    assert found.result.costs["parameters"][1] <= 16

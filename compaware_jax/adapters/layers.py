@@ -29,7 +29,7 @@ def update_attributes(model: nnx.Module, plan: Plan) -> None:
 
 
 def _linear(layer: Any, path: str, plan: Plan) -> dict[str, Any]:
-    return {"in_features": layer.kernel.shape[0], "out_features": layer.kernel.shape[1]}
+    return {"in_features": layer.kernel.shape[-2], "out_features": layer.kernel.shape[-1]}
 
 
 def _linear_general(layer: Any, path: str, plan: Plan) -> dict[str, Any]:
@@ -56,13 +56,13 @@ def _conv_transpose(layer: Any, path: str, plan: Plan) -> dict[str, Any]:
 
 
 def _embed(layer: Any, path: str, plan: Plan) -> dict[str, Any]:
-    return {"num_embeddings": layer.embedding.shape[0], "features": layer.embedding.shape[1]}
+    return {"num_embeddings": layer.embedding.shape[-2], "features": layer.embedding.shape[-1]}
 
 
 def _norm(layer: Any, path: str, plan: Plan) -> dict[str, Any]:
     arrays = [getattr(layer, name, None) for name in ("scale", "bias", "mean")]
     found = [array for array in arrays if array is not None]
-    return {"num_features": found[0].shape[0]} if found else {}
+    return {"num_features": found[0].shape[-1]} if found else {}
 
 
 def _group_norm(layer: Any, path: str, plan: Plan) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _attention(layer: Any, path: str, plan: Plan) -> dict[str, Any]:
 
 
 def _lora(layer: Any, path: str, plan: Plan) -> dict[str, Any]:
-    return {"in_features": layer.lora_a.shape[0], "out_features": layer.lora_b.shape[1]}
+    return {"in_features": layer.lora_a.shape[-2], "out_features": layer.lora_b.shape[-1]}
 
 
 def _einsum(layer: Any, path: str, plan: Plan) -> dict[str, Any]:
@@ -96,12 +96,12 @@ def _einsum(layer: Any, path: str, plan: Plan) -> dict[str, Any]:
 
 
 def _gated_cell(layer: Any, path: str, plan: Plan) -> dict[str, Any]:
-    inner, outer = layer.dense_h.kernel.shape[0], layer.dense_i.kernel.shape[0]
+    inner, outer = layer.dense_h.kernel.shape[-2], layer.dense_i.kernel.shape[-2]
     return {"hidden_features": inner, "in_features": outer}
 
 
 def _lstm_cell(layer: Any, path: str, plan: Plan) -> dict[str, Any]:
-    return {"hidden_features": layer.hf.kernel.shape[0], "in_features": layer.if_.kernel.shape[0]}
+    return {"hidden_features": layer.hf.kernel.shape[-2], "in_features": layer.if_.kernel.shape[-2]}
 
 
 _WIDTHS: tuple[tuple[type | tuple[type, ...], Callable[[Any, str, Plan], dict[str, Any]]], ...] = (
