@@ -26,8 +26,8 @@ from torch_rivals import channels, torch_rivals
 import compaware_jax as ca
 from compaware_jax.tables import markdown_table
 
-# How far below the dense model's value a threshold may lie, and between which shares of the parameters a budget:
-# so that neither "kept" nor "not kept" is the answer to all of them.
+# How far below the dense model's value a threshold may lie, and between which shares of the parameters a
+# budget: so that neither "kept" nor "not kept" is the answer to all of them.
 DROPS = {"PSNR (dB)": 2.0, "worst class (dB)": 2.0, "SSIM": 0.06, "k-NN": 0.01, "linear": 0.03}
 BUDGETS = (0.015, 0.3)
 
