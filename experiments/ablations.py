@@ -6,7 +6,8 @@ Claim: component awareness, criterion sensitivity, joint weights and soft coeffi
 
 * without component awareness: one coefficient for all groups, so every group keeps the same share;
 * without criterion sensitivity: each group keeps what the weights' norms say (all units ranked together by
-  the L2 norm over their group's mean), and so do the pixels;
+  the L2 norm over their group's mean), and so do the pixels; the same once more with channels only, to be
+  set against the method without the boundary;
 * without joint weights: the weights stand still while coefficients are found;
 * hard from the start: no soft edge and no sampled allocations;
 * without the boundary: only channels leave, every pixel is read and written.
@@ -42,9 +43,9 @@ def searched(seed: Seed, budget: float, groups: ca.Groups | None = None, **chang
     return plan, weights
 
 
-def by_norms(seed: Seed, budget: float) -> Found:
-    """Counts by the weights' norms from the start, at the boundary too; the weights train along."""
-    groups = seed.all_groups
+def by_norms(seed: Seed, budget: float, *, boundary: bool = True) -> Found:
+    """Counts by the weights' norms from the start; the weights train along."""
+    groups = seed.all_groups if boundary else seed.groups
     scores = np.asarray(within_groups(groups, l2(groups, seed.dense)))
     cost, order = parameter_cost(groups), np.argsort(-scores)
     limit = ca.params(budget).limit(groups)
@@ -75,6 +76,7 @@ VARIANTS: dict[str, Callable[[Seed, float], Found]] = {
     "without joint weights": partial(searched, learning_rate=0.0),
     "hard from the start": partial(searched, noise=0.0, edge=0.0),
     "without the boundary": channels_only,
+    "without the boundary and criterion sensitivity": partial(by_norms, boundary=False),
 }
 
 
