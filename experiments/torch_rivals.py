@@ -8,8 +8,8 @@ convolution over the whole of it, so that channels stay channels.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,17 +67,16 @@ def torch_rivals(seed: Seed, weights: Any, budgets: Sequence[float]) -> Kept:
       budgets: shares of the parameters that may stay.
     """
     config = seed.config
-    folder = seed.cells.folder / f"torch-{seed.seed}-{os.getpid()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    dense, kept = folder / "dense.npz", folder / "kept.json"
     images = seed.task.batches(jnp.asarray(0))["image"]
     outputs = seed.task.model.apply(weights, images)["image"]
     arrays = {"images": np.asarray(images), "outputs": np.asarray(outputs), "latent": LATENT[config.model]}
-    np.savez(dense, **arrays, **_layers(config.model, weights))
     script = Path(__file__).parent / "peers/torch_prune.py"
-    command = [str(config.torch_python), str(script), str(dense), str(kept), "--budgets", *map(str, budgets)]
-    subprocess.run(command, check=True)
-    return json.loads(kept.read_text())["kept"]
+    with tempfile.TemporaryDirectory() as folder:
+        dense, kept = Path(folder, "dense.npz"), Path(folder, "kept.json")
+        np.savez(dense, **arrays, **_layers(config.model, weights))
+        files = [str(script), str(dense), str(kept)]
+        subprocess.run([str(config.torch_python), *files, "--budgets", *map(str, budgets)], check=True)
+        return json.loads(kept.read_text())["kept"]
 
 
 def _layers(preset: Preset, weights: Any) -> dict[str, Any]:
