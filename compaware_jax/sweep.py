@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from compaware_jax.plan import Plan, plan_units
 from compaware_jax.request import check_budget, check_request, describe_request
 from compaware_jax.select import keep_units, round_counts
 from compaware_jax.surgery import shrink
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def sweep(
       progress: show a progress bar.
 
     Returns:
-      One `Point` per lane, budgets in the order given, seeds inside.
+      One `Point` per lane, budgets in the order given, seeds inside. A lane that diverged is warned of, and
+      keeps no criterion.
 
     Raises:
       BudgetError: a budget is below what the fixed axes allow.
@@ -215,12 +219,19 @@ def _points(
     for i, (budget, _, seed) in enumerate(lanes):
         plan = plan_units(groups, np.asarray(state.gates[i]) > 0.5)
         metrics = {c.name: float(value) for c, value in zip(criteria, values[i], strict=True)}
+        small = shrink(jax.tree.map(lambda x, i=i: x[i], state.tune.variables), plan)
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(small)):
+            _LOG.warning(
+                "sweep: seed %d of budget %g ended in values that are not finite; lower its learning rate.",
+                seed,
+                budget.fraction,
+            )
         points.append(
             Point(
                 budget=budget,
                 seed=seed,
                 plan=plan,
-                variables=shrink(jax.tree.map(lambda x, i=i: x[i], state.tune.variables), plan),
+                variables=small,
                 cost=(cost.exact(np.array([kept for _, kept, _ in plan.counts])), cost.total),
                 metrics=metrics,
                 kept={c.name: c.keeps(metrics[c.name]) for c in criteria},

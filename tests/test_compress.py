@@ -314,6 +314,17 @@ def test_training_that_diverges_is_an_error(trained):
         compress(trained, search=ca.GradientSearch(steps=20, learning_rate=1e30), criteria=[])
 
 
+def test_a_lane_that_diverges_is_warned_of(trained, caplog):
+    variables, groups = trained
+    (point,) = ca.sweep(
+        tasks.apply, variables, tasks.loss, tasks.batches, groups=groups, budgets=[ca.params(0.5)],
+        search=ca.GradientSearch(steps=10), fine_tune=10, learning_rate=1e30, criteria=[BOUND],
+        held_out=tasks.held_out(), progress=False,
+    )  # fmt: skip
+    assert "seed 0 of budget 0.5 ended in values that are not finite" in caplog.text
+    assert point.kept == {"error": False}
+
+
 def test_threshold_that_was_measured(trained):
     """A criterion may come from a measurement, which is an array."""
     measured = tasks.error(tasks.apply, trained[0], tasks.held_out())
