@@ -187,7 +187,7 @@ def show(args: Args, study: Study) -> None:
         ("ours above the best of random widths", [RANDOM]),
     ):
         mean, worst = zip(*(above(table, b, methods) for b in args.budgets), strict=True)
-        rows += [[name, *mean], ["… at worst", *worst]]
+        rows += [[name, *mean], ["… at worst, over all seeds and these methods", *worst]]
     text = [markdown_table(["PSNR (dB)", *(f"{100 * b:g} %" for b in args.budgets)], rows)]
     if dense := study.reached(("dense more",)):
         text.append(f"The dense model, trained on for as many steps: {interval(dense)} dB.")
