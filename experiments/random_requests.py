@@ -3,7 +3,7 @@
 Claim: every request that some rival's model meets is met by ours; every other one that ours does not meet is
 said not to be met.
 
-    python experiments/requests.py --data tfds --torch-python peers/bin/python
+    python experiments/random_requests.py --data tfds --torch-python peers/bin/python
 
 A request draws a budget (log-uniform) and a metric, and a threshold below the dense model's value. Rivals
 are Torch-Pruning's importances on the same dense weights, with the same fine-tune at the same learning rate.
