@@ -4,10 +4,11 @@ Claim: component awareness, criterion sensitivity, joint weights and soft coeffi
 
     python experiments/ablations.py --data tfds
 
-* without component awareness: one coefficient for all groups, so every group keeps the same share;
+* without component awareness: one coefficient for all groups, so every group keeps the same share; once more
+  with the latent whole, as uniform widths have it;
 * without criterion sensitivity: each group keeps what the weights' norms say (all units ranked together by
   the L2 norm over their group's mean), and so do the pixels; the same once more with channels only, to be
-  set against the method without the boundary;
+  set against the method without the boundary, and with the latent whole;
 * without joint weights: the weights stand still while coefficients are found;
 * hard from the start: no soft edge and no sampled allocations;
 * without the boundary: only channels leave, every pixel is read and written.
@@ -43,9 +44,20 @@ def searched(seed: Seed, budget: float, groups: ca.Groups | None = None, **chang
     return plan, weights
 
 
-def by_norms(seed: Seed, budget: float, *, boundary: bool = True) -> Found:
+def latent_whole(groups: ca.Groups) -> ca.Groups:
+    """The groups, those between components held whole."""
+    return ca.constrain(groups, whole=[group.name for group in groups.groups if group.coupling])
+
+
+def one_coefficient(seed: Seed, budget: float) -> Found:
+    """The same share of every group but the latent, which stays whole."""
+    return searched(seed, budget, latent_whole(seed.all_groups), travel=0.0)
+
+
+def by_norms(seed: Seed, budget: float, *, boundary: bool = True, whole: bool = False) -> Found:
     """Counts by the weights' norms from the start; the weights train along."""
     groups = seed.all_groups if boundary else seed.groups
+    groups = latent_whole(groups) if whole else groups
     scores = np.asarray(within_groups(groups, l2(groups, seed.dense)))
     cost, order = parameter_cost(groups), np.argsort(-scores)
     limit = ca.params(budget).limit(groups)
@@ -61,7 +73,7 @@ def by_norms(seed: Seed, budget: float, *, boundary: bool = True) -> Found:
     # Nothing is trimmed by what the loss says: to the search, pixels are groups like any others.
     groups = replace(groups, groups=tuple(replace(g, boundary=False) for g in groups.groups))
     fixed = {g.name: int(n) for g, n in zip(groups.groups, counts(low), strict=True)}
-    return searched(seed, budget, ca.constrain(groups, floor=fixed, ceiling=fixed))
+    return searched(seed, budget, ca.constrain(replace(groups, limits=None), floor=fixed, ceiling=fixed))
 
 
 def channels_only(seed: Seed, budget: float) -> Found:
@@ -72,11 +84,15 @@ def channels_only(seed: Seed, budget: float) -> Found:
 VARIANTS: dict[str, Callable[[Seed, float], Found]] = {
     "the whole method": searched,
     "without component awareness": partial(searched, travel=0.0),
+    "without component awareness, latent whole": one_coefficient,
     "without criterion sensitivity": by_norms,
     "without joint weights": partial(searched, learning_rate=0.0),
     "hard from the start": partial(searched, noise=0.0, edge=0.0),
     "without the boundary": channels_only,
     "without the boundary and criterion sensitivity": partial(by_norms, boundary=False),
+    "without the boundary and criterion sensitivity, latent whole": partial(
+        by_norms, boundary=False, whole=True
+    ),
 }
 
 

@@ -38,7 +38,7 @@ class Cells:
         self.folder = folder
         self.record = folder / "cells.jsonl"
         self._figures: dict[str, Any] = {}
-        self._read = 0
+        self._seen: tuple[int, ...] = ()
 
     def has(self, key: Key) -> bool:
         """Whether a figure is finished."""
@@ -106,22 +106,25 @@ class Cells:
 
     def _append(self, cell: dict[str, Any]) -> None:
         with self._lock(("the record",)):
-            self._catch_up()
-            with self.record.open("r+b" if self.record.exists() else "wb") as file:
+            content = self.record.read_bytes() if self.record.exists() else b""
+            with self.record.open("r+b" if content else "wb") as file:
                 # What a killed process left of a line goes.
-                file.truncate(self._read)
-                file.seek(self._read)
+                whole = content.rfind(b"\n") + 1
+                file.truncate(whole)
+                file.seek(whole)
                 file.write(json.dumps(cell).encode() + b"\n")
 
     def _catch_up(self) -> None:
-        """Take in what has been added to the record; a line that is still being written has no end."""
-        if self.record.exists():
-            with self.record.open("rb") as file:
-                file.seek(self._read)
-                *lines, _ = file.read().split(b"\n")
-            self._read += sum(len(line) + 1 for line in lines)
-            for cell in map(json.loads, lines):
-                self._figures[json.dumps(cell["key"])] = cell["result"]
+        """Read the record if it changed; others may add to it, or put another one in its place."""
+        if not self.record.exists():
+            return
+        state = self.record.stat()
+        seen = (state.st_ino, state.st_size, state.st_mtime_ns)
+        if seen != self._seen:
+            # A line that is still being written has no end.
+            *lines, _ = self.record.read_bytes().split(b"\n")
+            self._figures = {json.dumps(cell["key"]): cell["result"] for cell in map(json.loads, lines)}
+            self._seen = seen
 
     def _file(self, key: Key, suffix: str, write: Callable[[Path], None]) -> Path:
         """The file of a cell, written by whoever asks first."""

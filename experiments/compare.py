@@ -178,17 +178,19 @@ def above(table: Table, budget: float, methods: Sequence[str]) -> tuple[str, str
 def show(args: Args, study: Study) -> None:
     """Print and write the table and the figure."""
     table = collected(args, study)
-
-    rows = [
-        [name, *(interval(at[b]) if b in at else "–" for b in args.budgets)] for name, at in table.items()
-    ]
+    if not table:
+        raise SystemExit(
+            f"Nothing is finished in {study.cells.record}. Run without --finished, or name its --out."
+        )
+    budgets = [b for b in args.budgets if any(b in at for at in table.values())]
+    rows = [[name, *(interval(at[b]) if b in at else "–" for b in budgets)] for name, at in table.items()]
     for name, methods in (
         ("ours above the best of Torch-Pruning", TORCH),
         ("ours above the best of random widths", [RANDOM]),
     ):
-        mean, worst = zip(*(above(table, b, methods) for b in args.budgets), strict=True)
+        mean, worst = zip(*(above(table, b, methods) for b in budgets), strict=True)
         rows += [[name, *mean], ["… at worst, over all seeds and these methods", *worst]]
-    text = [markdown_table(["PSNR (dB)", *(f"{100 * b:g} %" for b in args.budgets)], rows)]
+    text = [markdown_table(["PSNR (dB)", *(f"{100 * b:g} %" for b in budgets)], rows)]
     if dense := study.reached(("dense more",)):
         text.append(f"The dense model, trained on for as many steps: {interval(dense)} dB.")
     if study.cells.has(("times",)):

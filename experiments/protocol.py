@@ -212,10 +212,21 @@ class Study:
     """
 
     def __init__(self, config: Config):
-        source = Task(config.data, config.model, batch=config.batch, seed=0).data.source
+        source = config.data
+        if source == "auto":
+            source = Task(config.data, config.model, batch=config.batch, seed=0).data.source
         self.folder = config.out / f"{config.model}-{source}"
         self.cells = Cells(self.folder)
         self.rates = config.rates
+        # Keys do not name them.
+        named = ("dense_steps", "search", "fine_tune", "batch", "rates")
+        settings = {name: str(getattr(config, name)) for name in named}
+        found = self.cells.one(("settings",), lambda: settings)
+        if found != settings:
+            raise SystemExit(
+                f"{self.cells.record} holds figures with the settings {found}, expected {settings}. "
+                "Give --out another folder."
+            )
         self.seeds = [Seed(config, self.cells, number) for number in range(config.seeds)]
 
     def tune(self, work: Mapping[Key, Callable[[Seed, Sequence[float]], Any]]) -> None:

@@ -1,5 +1,6 @@
 """Finished cells of experiments: computed once, by whoever is first, and never lost."""
 
+import json
 import os
 import subprocess
 import sys
@@ -61,6 +62,21 @@ def test_a_torn_line_is_forgotten(cells):
     assert cells().record.read_bytes().startswith(whole)
     assert cells().one(("b",), lambda: pytest.fail("it is finished")) == 2
     assert cells().read(("a", 0.1)) == {"psnr": 1.0}
+
+
+@pytest.mark.parametrize("change", [lambda old: old[1:], lambda old: ['{"key": ["new"], "result": 0}', *old]])
+def test_the_record_may_be_replaced(cells, change):
+    """By a checkout, say, while an experiment runs."""
+    running = cells()
+    for number in range(3):
+        running.one((number,), lambda number=number: number)
+    lines = change(running.record.read_text().splitlines())
+    running.record.write_text("\n".join(lines) + "\n")
+    running.one(("next",), lambda: 7)
+    found = [json.loads(line)["key"] for line in running.record.read_text().splitlines()]
+    assert found == [*(json.loads(line)["key"] for line in lines), ["next"]]
+    assert cells().read(("next",)) == running.read(("next",)) == 7
+    assert running.has((0,)) == ([0] in found)
 
 
 def test_what_is_large_has_files_of_its_own(cells):
