@@ -61,11 +61,11 @@ def groups(dense):
 
 
 def test_fit_takes_the_updates(dense):
-    first = dense["batch_stats"]["BatchNorm_0"]["mean"]
-    layer = dense["params"]["Dense_0"]
-    expected = np.mean([batches(i)["x"] @ layer["kernel"] + layer["bias"] for i in range(380, 400)], (0, 1))
-    assert np.abs(first).max() > 1, "it is far from its start at zero"
-    np.testing.assert_allclose(first, expected, atol=0.5)
+    (tuned, _), layer = ca.fit(apply, dense, loss, batches, 1, progress=False), dense["params"]["Dense_0"]
+    before, after = (v["batch_stats"]["BatchNorm_0"]["mean"] for v in (dense, tuned))
+    batch_mean = (batches(0)["x"] @ layer["kernel"] + layer["bias"]).mean(0)
+    assert np.abs(before).max() > 1, "it is far from its start at zero"
+    np.testing.assert_allclose(after, MOMENTUM * before + (1 - MOMENTUM) * batch_mean, rtol=1e-4, atol=1e-5)
 
 
 def test_the_small_model_has_statistics_of_its_own(dense, groups):
@@ -132,7 +132,7 @@ def test_updates_beside_trained_leaves():
     assert jax.tree.structure(found) == jax.tree.structure(start)
     assert (found["layer"]["w"] != start["layer"]["w"]).all()
     np.testing.assert_allclose(
-        found["layer"]["mean"], batches(19)["x"].mean(0) @ found["layer"]["w"], atol=0.1
+        found["layer"]["mean"], batches(19)["x"].mean(0) @ found["layer"]["w"], atol=2e-3
     )
 
 

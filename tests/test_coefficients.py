@@ -196,17 +196,20 @@ def test_shares_may_fall_below_a_unit_where_a_group_may_be_emptied(trained):
 
 
 def test_grid_search_passes_over_what_diverges(trained):
-    """A loss that is infinite in short of a layer's units, and not a number beside it."""
+    """A network that is not a number where its latent is whole."""
     variables, groups = trained
 
-    def loss(f, v, batch):
-        open_units = (jnp.abs(v["layer1"]["b"]) > 0).sum()
-        return tasks.loss(f, v, batch) + jnp.where(open_units < 0, 0.0, jnp.nan)
+    def apply(v, x):
+        latent = jnp.any(v["layer1"]["w"] != 0, axis=0).sum()
+        return tasks.apply(v, x) + jnp.where(latent < 4, 0.0, jnp.nan)
 
-    problem = Problem(tasks.apply, loss, tasks.batches, groups, parameter_cost(groups))
-    found = ca.GridSearch(levels=(0.5, 1.0), steps_each=1).build(problem)
-    state, _ = found.step(found.init(variables, 0.5, jax.random.key(0), 0), jnp.int32(0))
-    assert np.isposinf(np.asarray(state.losses)).all()
+    problem = Problem(apply, tasks.loss, tasks.batches, groups, parameter_cost(groups))
+    found = ca.GridSearch(levels=(0.5, 2.0), steps_each=1).build(problem)
+    state, info = found.step(found.init(variables, 0.5, jax.random.key(0), 0), jnp.int32(0))
+    losses = np.asarray(state.losses)
+    assert np.isposinf(losses).any()
+    assert float(info["loss"]) == losses[np.isfinite(losses)].min()
+    assert found.coefficients(state)[1] < 1
 
 
 def test_grid_of_too_many_points_is_refused(trained):

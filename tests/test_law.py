@@ -245,9 +245,9 @@ def test_rules_of_jax_do_not_ask_for_sizes(function):
         ]
 
     found = steps(2, 3)
-    if not found:
-        pytest.skip(f"JAX {jax.__version__} gives {function.__name__} no rule of its own.")
     assert found == steps(1, 2) == steps(64, 128) == steps(1000, 1)
+    # In JAX 0.12, sinc has no rule of its own.
+    assert found or (function is jnp.sinc and jax.__version_info__ >= (0, 11))
 
 
 @pytest.mark.parametrize(("power", "units"), [(-1, 0), (-2, 0), (2, 4), (2.5, 4), (0.5, 0)])
