@@ -179,7 +179,7 @@ class Task:
 
 
 def uniform_plan(groups: ca.Groups, dense: Any, budget: float) -> ca.Plan:
-    """Same share of every group, best units by L2 norm; the latent is left alone, to the rival's favour."""
+    """Same share of every group, best units by L2 norm; the latent is left alone."""
     return ca.plan_units(
         groups, keep_units(groups, np.asarray(l2(groups, dense)), uniform_widths(groups, budget))
     )
