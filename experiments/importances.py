@@ -25,10 +25,9 @@ from protocol import Config, Rates, Seed, Study, interval
 
 import compaware_jax as ca
 from compaware_jax import importance
+from compaware_jax.boundary import EVIDENCE_STEPS
 from compaware_jax.select import keep_units
 from compaware_jax.tables import markdown_table
-
-EVIDENCE_STEPS = 100
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The experiments, run as a user runs them, with few steps; and the report that they write."""
 
 import csv
+import importlib.metadata
 import json
 import os
 import re
@@ -106,6 +107,14 @@ def test_comparison(run, tmp_path):
         "best of random widths, from scratch",
     }
     assert run("compare.py", *arguments, "--finished").strip() == table.strip()
+
+
+def test_no_experiment_hides_a_package():
+    """A script's folder comes first on the path: a `requests.py` there broke the download of MNIST."""
+    named = {path.stem for path in (ROOT / "experiments").glob("*.py")}
+    installed = set(importlib.metadata.packages_distributions())
+    assert "requests" in installed, "what downloads the data is looked for under its name"
+    assert not named & (installed | sys.stdlib_module_names)
 
 
 def test_unknown_data_source_is_refused(run, tmp_path):

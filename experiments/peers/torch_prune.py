@@ -7,7 +7,8 @@
 `images` (examples, height, width, 1) for gradients, with the `outputs` that the model must give. What is
 written maps each rival to budgets to, per hidden layer, the kept channels. Torch-Pruning's ratio counts
 channels, not parameters, so the smallest one with which the parameters fit is found by bisection. The latent
-is left alone. A layer that a global ranking would empty is left whole by Torch-Pruning. It runs in an environment with torch and torch-pruning.
+is left alone. A layer that a global ranking would empty is left whole by Torch-Pruning. It runs in an
+environment with torch and torch-pruning.
 """
 
 from __future__ import annotations
