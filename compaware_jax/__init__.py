@@ -19,6 +19,7 @@ from compaware_jax.masks import apply_mask, mask
 from compaware_jax.optimizers import shrink_optimizer
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.rules import register_rule
+from compaware_jax.search import Found, find_plan
 from compaware_jax.small_function import slim, uncut
 from compaware_jax.smallest import Smallest, smallest
 from compaware_jax.surgery import expand, shrink
@@ -28,6 +29,7 @@ __all__ = [
     "Budget",
     "CompawareError",
     "Criterion",
+    "Found",
     "GradientSearch",
     "GridSearch",
     "Groups",
@@ -41,6 +43,7 @@ __all__ = [
     "constrain",
     "expand",
     "find_groups",
+    "find_plan",
     "fit",
     "flops",
     "mask",

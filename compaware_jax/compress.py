@@ -12,17 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from compaware_jax.boundary import trim
-from compaware_jax.coefficients import GradientSearch, Problem, Score, SearchMethod
+from compaware_jax.coefficients import Score, SearchMethod
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion, Verdict, measure
-from compaware_jax.fit import Batches, Loss, check_finite, fit
+from compaware_jax.fit import Batches, Loss, fit
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
-from compaware_jax.loop import run_steps
-from compaware_jax.plan import Plan, plan_units
-from compaware_jax.request import check_budget, check_request, describe_request
-from compaware_jax.select import keep_units, round_counts
+from compaware_jax.plan import Plan
+from compaware_jax.request import check_request
+from compaware_jax.search import Found, describe_search, problem_of, run_search
 from compaware_jax.small_function import Uncut, slim, uncut, work_in
 from compaware_jax.surgery import shrink
 
@@ -36,11 +34,7 @@ class Result:
     Attributes:
       apply: the small function, with the signature of the dense one.
       variables: its variables.
-      plan: what was kept.
-      groups: what could leave; at the boundary, with what stays there settled.
-      scores: what ranked the units when they were cut, shape (units,).
-      coefficients: kept share per group that the search ended with, shape (groups,).
-      adapted: the weights that the search ended with, at full width, before surgery and fine-tune.
+      found: what the search found: the plan, the weights before surgery, what could leave.
       uncut: what of the small function runs at full width; no cost counts it.
       verdicts: per criterion its value before and after, and whether it is kept.
       costs: per cost its value before and after.
@@ -49,15 +43,16 @@ class Result:
 
     apply: Callable[..., Any]
     variables: Any
-    plan: Plan
-    groups: Groups
-    scores: np.ndarray
-    coefficients: np.ndarray
-    adapted: Any
+    found: Found
     uncut: tuple[Uncut, ...]
     verdicts: tuple[Verdict, ...]
     costs: Mapping[str, tuple[int, int]]
     history: Mapping[str, Mapping[str, np.ndarray]]
+
+    @property
+    def plan(self) -> Plan:
+        """What is kept."""
+        return self.found.plan
 
     @property
     def kept(self) -> bool:
@@ -122,71 +117,46 @@ def compress(
       DivergenceError: the search or the fine-tune ended in values that are not finite.
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
     """
-    check_budget(budget)
-    cost = COSTS[budget.cost](groups)
-    problem = Problem(apply, loss, batches, groups, cost, tuple(criteria), score)
+    problem = problem_of(apply, loss, batches, groups, budget, criteria, score)
     before = check_request(problem, variables, held_out, allow_failing=allow_failing)
-    limit = budget.limit(groups)
-    criteria = problem.criteria
-    key = jax.random.key(0) if key is None else key
-    method = GradientSearch() if search is None else search
-    job = {
-        **describe_request(problem, variables, method),
-        "budget": [budget.cost, budget.fraction],
-        "key": np.asarray(jax.random.key_data(key)).tolist(),
-        "fine_tune": [fine_tune, learning_rate],
-    }
     folder = None if directory is None else Path(directory)
-    problem, start = trim(problem, variables, [limit])
-    found = method.build(problem)
-    state, search_history = run_steps(
-        found.step,
-        found.init(start, budget.fraction, key, 0),
-        found.steps,
-        label="search",
-        chunk=min(50, found.steps),
+    found = run_search(
+        problem,
+        variables,
+        budget,
+        search=search,
+        key=key,
         directory=folder and folder / "search",
-        job=job,
         progress=progress,
     )
-    coefficients = np.asarray(found.coefficients(state))
-    trained = found.variables(state)
-    check_finite(trained, "search")
-    counts = round_counts(problem.cost, coefficients, limit)
-    scores = np.asarray(problem.score(groups, trained))
-    keep = keep_units(groups, scores, counts)
-    plan = plan_units(groups, keep)
-    ran = _checked_work(groups, plan)
-
-    small_apply = slim(apply, plan)
+    ran = _checked_work(groups, found.plan)
+    small_apply = slim(apply, found.plan)
     small, tune_history = fit(
         small_apply,
-        shrink(trained, plan),
+        shrink(found.variables, found.plan),
         loss,
         batches,
         fine_tune,
         learning_rate=learning_rate,
-        criteria=criteria,
+        criteria=problem.criteria,
         label="fine-tune",
         directory=folder and folder / "fine-tune",
-        job=job,
+        job=describe_search(problem, variables, budget, search, key),
         progress=progress,
     )
-    after = measure(criteria, small_apply, small, held_out) if criteria else {}
-    verdicts = tuple(Verdict(str(c), before[c.name], after[c.name], c.keeps(after[c.name])) for c in criteria)
+    after = measure(problem.criteria, small_apply, small, held_out) if criteria else {}
+    counts = np.array([kept for _, kept, _ in found.plan.counts])
     costs = {name: make(groups) for name, make in COSTS.items()}
     return Result(
         apply=small_apply,
         variables=small,
-        plan=plan,
-        groups=problem.groups,
-        scores=scores,
-        coefficients=coefficients,
-        adapted=trained,
+        found=found,
         uncut=ran,
-        verdicts=verdicts,
+        verdicts=tuple(
+            Verdict(str(c), before[c.name], after[c.name], c.keeps(after[c.name])) for c in problem.criteria
+        ),
         costs={name: (c.total, c.exact(counts)) for name, c in costs.items()},
-        history={"search": search_history, "fine-tune": tune_history},
+        history={"search": found.history, "fine-tune": tune_history},
     )
 
 

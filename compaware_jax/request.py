@@ -1,4 +1,4 @@
-"""What is asked of `compress` and `sweep`: refused early where it cannot be, and described for resumption."""
+"""What is asked of `compress`, `find_plan` and `sweep`: refused early, and described for resumption."""
 
 from __future__ import annotations
 
@@ -37,13 +37,7 @@ def check_request(
       TraceError: the loss is not one finite number.
       CriterionError: criteria without held_out, with equal names, or failed by the dense model.
     """
-    if not problem.groups.groups:
-        raise PlanError(
-            "compress: no group of this model can leave. Print the groups: they say why each axis "
-            "stays whole."
-        )
-    _check_variables(variables, problem.groups)
-    _check_loss(problem, variables)
+    check_problem(problem, variables)
     if not problem.criteria:
         return {}
     if held_out is None:
@@ -54,6 +48,22 @@ def check_request(
     if not allow_failing:
         check_dense(problem.criteria, before)
     return before
+
+
+def check_problem(problem: Problem, variables: Any) -> None:
+    """Refuse what no search can work on.
+
+    Raises:
+      PlanError: nothing can leave, or the variables are not those of the groups, or not trainable.
+      TraceError: the loss is not one finite number.
+    """
+    if not problem.groups.groups:
+        raise PlanError(
+            "compress: no group of this model can leave. Print the groups: they say why each axis "
+            "stays whole."
+        )
+    _check_variables(variables, problem.groups)
+    _check_loss(problem, variables)
 
 
 def check_budget(budget: Any) -> None:

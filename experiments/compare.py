@@ -116,6 +116,7 @@ def rivals(args: Args, study: Study, budget: float) -> None:
     able = [n for n in RIVALS if all(f"{budget:g}" in kept(s, False).get(n, {}) for s in study.seeds)]
     study.tune({(name, budget): partial(tuned, name=name, later=False) for name in able})
     best = max(able, key=lambda name: np.mean(study.reached((name, budget))))
+    study.settle(("more dense steps",), args.extra)
     study.tune({(TRAINED_ON, budget): partial(tuned, name=best, later=True)})
 
 

@@ -166,7 +166,7 @@ def main(config: Config) -> None:
             "criteria": [str(c) for c in criteria],
             "models": rows,
             "coefficients": dict(
-                zip([g.name for g in groups.groups], result.coefficients.tolist(), strict=True)
+                zip([g.name for g in groups.groups], result.found.coefficients.tolist(), strict=True)
             ),
             "components": component_table(groups, result.plan),
             "sensitivity": falls,
@@ -240,9 +240,9 @@ def sensitivities(task: Task, result: ca.Result, dense: Any) -> dict[str, float]
     def metric(variables: Any) -> jax.Array:
         return psnr_of(task.model.apply, variables, task.held_out)
 
-    groups = result.groups
+    groups = result.found.groups
     at_boundary = np.array([g.boundary for g in groups.groups], bool)[groups.group_of_unit]
-    scores = np.where(at_boundary, result.scores, l2(groups, dense))
+    scores = np.where(at_boundary, result.found.scores, l2(groups, dense))
     falls = jax.jit(lambda v: group_ablation(groups, metric, v, scores))(dense)
     return dict(zip([g.name for g in groups.groups], np.asarray(falls).tolist(), strict=True))
 

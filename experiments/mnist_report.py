@@ -37,12 +37,17 @@ def untuned(
         return psnr_of(task.model.apply, variables, task.held_out)
 
     lines: dict[str, list[tuple[float, float]]] = {"uniform L2, not tuned": [], "ours, not tuned": []}
-    cost = COSTS["parameters"](result.groups)
+    cost = COSTS["parameters"](result.found.groups)
     for share in (0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0):
-        counts = round_counts(cost, result.coefficients, int(share * cost.total))
-        ours = ca.plan_units(result.groups, keep_units(result.groups, result.scores, counts))
+        counts = round_counts(cost, result.found.coefficients, int(share * cost.total))
+        ours = ca.plan_units(
+            result.found.groups, keep_units(result.found.groups, result.found.scores, counts)
+        )
         for line, plan, weights in zip(
-            lines.values(), (uniform_plan(channels, dense, share), ours), (dense, result.adapted), strict=True
+            lines.values(),
+            (uniform_plan(channels, dense, share), ours),
+            (dense, result.found.variables),
+            strict=True,
         ):
             masked = ca.expand(ca.shrink(weights, plan), plan)
             line.append((100 * plan.parameters / cost.total, float(measure(masked))))
@@ -104,7 +109,7 @@ def write_report(folder: Path, run: Finished) -> None:
         for n, row in rows.items()
     }
     points |= untuned(task, run.channels, models["dense"][1], result)
-    groups = result.groups
+    groups = result.found.groups
     figures = {
         "trade_off": trade_off_figure(points, metric=f"{metric}, held-out"),
         "kept_units": kept_units_figure(groups, result.plan),
@@ -158,7 +163,7 @@ def write_report(folder: Path, run: Finished) -> None:
                 (g.name, g.units, f"{share:.1%}", f"{fall:.2f}")
                 for g, share, fall in zip(
                     groups.groups,
-                    result.coefficients,
+                    result.found.coefficients,
                     run.falls.values(),
                     strict=True,
                 )

@@ -13,16 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import compaware_jax as ca
-from compaware_jax.boundary import trim
-from compaware_jax.coefficients import Problem, SearchMethod
+from compaware_jax.coefficients import SearchMethod
 from compaware_jax.cost import parameter_cost
 from compaware_jax.criteria import measure
 from compaware_jax.data import ImageSet, fashion_mnist, mnist, resident, whole
 from compaware_jax.importance import l2
-from compaware_jax.loop import run_steps
 from compaware_jax.metrics import knn_accuracy, linear_accuracy, psnr, ssim, worst_class_psnr
 from compaware_jax.models import Autoencoder, autoencoder
-from compaware_jax.select import keep_units, round_counts, uniform_counts
+from compaware_jax.select import keep_units, uniform_counts
 
 Data = Literal["auto", "tfds", "embedded", "fashion"]
 Preset = Literal["dense", "conv"]
@@ -149,24 +147,19 @@ class Task:
         self, method: SearchMethod, dense: Any, groups: ca.Groups, budget: float, key: jax.Array
     ) -> tuple[ca.Plan, Any, float]:
         """The search of `compress` alone: the plan, the adapted weights, and its seconds, compiled or not."""
-        cost = parameter_cost(groups)
-        limit = ca.params(budget).limit(groups)
         start = time.perf_counter()
-        problem, dense = trim(Problem(self.model.apply, loss, self.batches, groups, cost), dense, [limit])
-        found = method.build(problem)
-        state, _ = run_steps(
-            found.step,
-            found.init(dense, budget, key, 0),
-            found.steps,
-            label="search",
-            chunk=min(50, found.steps),
+        found = ca.find_plan(
+            self.model.apply,
+            dense,
+            loss,
+            self.batches,
+            groups=groups,
+            budget=ca.params(budget),
+            search=method,
+            key=key,
             progress=False,
         )
-        weights = jax.block_until_ready(found.variables(state))
-        seconds = time.perf_counter() - start
-        counts = round_counts(problem.cost, np.asarray(found.coefficients(state)), limit)
-        keep = keep_units(groups, np.asarray(problem.score(groups, weights)), counts)
-        return ca.plan_units(groups, keep), weights, seconds
+        return found.plan, jax.block_until_ready(found.variables), time.perf_counter() - start
 
     def groups(self, variables: Any, *, boundary: bool = True) -> ca.Groups:
         """What can leave: channels, pixels that are read or written; the latent is an output that may shrink.

@@ -220,14 +220,21 @@ class Study:
         self.rates = config.rates
         # Keys do not name them.
         named = ("dense_steps", "search", "fine_tune", "batch", "rates")
-        settings = {name: str(getattr(config, name)) for name in named}
-        found = self.cells.one(("settings",), lambda: settings)
-        if found != settings:
+        self.settle(("settings",), {name: str(getattr(config, name)) for name in named})
+        self.seeds = [Seed(config, self.cells, number) for number in range(config.seeds)]
+
+    def settle(self, key: Key, value: Any) -> None:
+        """Hold on to a setting that no other cell's key names.
+
+        Raises:
+          SystemExit: the record's figures are of another one.
+        """
+        found = self.cells.one(key, lambda: value)
+        if found != value:
             raise SystemExit(
-                f"{self.cells.record} holds figures with the settings {found}, expected {settings}. "
+                f"{self.cells.record} holds figures of {key} {found}, expected {value}. "
                 "Give --out another folder."
             )
-        self.seeds = [Seed(config, self.cells, number) for number in range(config.seeds)]
 
     def tune(self, work: Mapping[Key, Callable[[Seed, Sequence[float]], Any]]) -> None:
         """Figures of models: at all learning rates on the first seed, at the near ones on the others.

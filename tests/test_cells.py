@@ -90,8 +90,37 @@ def test_what_is_large_has_files_of_its_own(cells):
     assert not cells().record.exists()
 
 
-def test_rates_far_behind_are_not_tried_again(monkeypatch):
-    monkeypatch.syspath_prepend(EXPERIMENTS)
-    from protocol import near_best
+PSNR = {0: {1e-3: 20.0, 2e-3: 20.8, 4e-3: 21.0}, 1: {2e-3: 22.0, 4e-3: 21.0}, 2: {2e-3: 21.5, 4e-3: 21.2}}
 
-    assert near_best({"0.001": 20.0, "0.002": 20.8, "0.004": 21.0}) == [0.002, 0.004]
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    from protocol import Config, Study
+
+    return lambda **settings: Study(Config(data="embedded", seeds=3, out=tmp_path, **settings))
+
+
+def test_rates_far_behind_are_not_tried_again(study):
+    """The best one of all seeds counts, be it not the first seed's; each figure is computed once."""
+    tried = []
+
+    def run(seed, rates):
+        tried.append((seed.seed, tuple(rates)))
+        return {"psnr": {f"{rate:g}": PSNR[seed.seed][rate] for rate in rates}, "kept": [1]}
+
+    for _ in range(2):
+        found = study()
+        assert not tried or found.reached(("model",))
+        found.tune({("model",): run})
+    assert tried == [(0, (1e-3, 2e-3, 4e-3)), (1, (2e-3, 4e-3)), (2, (2e-3, 4e-3))]
+    assert found.reached(("model",)) == [20.8, 22.0, 21.5]
+    assert found.reached(("another",)) == []
+
+
+def test_figures_of_other_settings_are_refused(study):
+    study(fine_tune=10).settle(("extra",), 4_000)
+    with pytest.raises(SystemExit, match=r"'fine_tune': '10'.* expected .*'fine_tune': '20'.*--out"):
+        study(fine_tune=20)
+    with pytest.raises(SystemExit, match="4000, expected 2000"):
+        study(fine_tune=10).settle(("extra",), 2_000)

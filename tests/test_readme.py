@@ -1,6 +1,7 @@
 """The README's examples run as they are printed."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 import compaware_jax as ca
+from compaware_jax import search
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -22,6 +24,20 @@ def test_example(name):
     made = {}
     exec(compile(EXAMPLES[name], f"README, {name}", "exec"), made)
     assert made["plan"].counts[0][1:] == (8, 16)
+
+
+def test_first_example(monkeypatch):
+    (example,) = (block for block in BLOCKS if "ca.compress(" in block)
+    for printed, short in {" 3_000)": " 100)", "fine_tune=5_000": "fine_tune=100", "19.0": "10.0"}.items():
+        assert example.count(printed) == 1
+        example = example.replace(printed, short)
+    monkeypatch.setattr(search, "GradientSearch", partial(ca.GradientSearch, steps=50))
+    made = {}
+    exec(compile(example, "README, first example", "exec"), made)
+    before, after = made["result"].costs["parameters"]
+    assert 0.09 * before < after <= 0.1 * before
+    image = made["small_apply"](made["small_variables"], made["image"])["image"]
+    assert image.shape == made["image"].shape
 
 
 def test_batch_statistics():
