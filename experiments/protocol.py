@@ -108,10 +108,10 @@ class Seed:
         return weights
 
     def trained_on(self, steps: int) -> Any:
-        """The dense weights after more steps, for rivals that spend our search's time so."""
+        """The dense weights after more steps, of what time a method leaves of its allowance."""
         rate, apply = self.schedule.dense_learning_rate, self.task.model.apply
         train = partial(self.task.fit, "more", apply, self.dense, steps, rate, None)
-        return self.cells.arrays(("dense trained on", self.seed), self.fresh, train)
+        return self.cells.arrays(("dense trained on", steps, self.seed), self.fresh, train)
 
     @cached_property
     def fresh(self) -> Any:
@@ -153,15 +153,24 @@ class Seed:
             for i, rate in enumerate(rates)
         }
 
-    def ours(self, rates: Sequence[float], budget: float, *, boundary: bool = True) -> dict[str, Any]:
+    def ours(
+        self, rates: Sequence[float], budget: float, *, boundary: bool = True, more: int = 0
+    ) -> dict[str, Any]:
         """What `compress` does with its defaults, fine-tuned as the rivals are.
+
+        Args:
+          rates: learning rates of the fine-tune.
+          budget: share of the parameters.
+          boundary: pixels may leave as well.
+          more: dense steps before.
 
         Returns:
           A cell's content: "psnr" by learning rate, "kept" per group, "seconds" of the search.
         """
-        plan, weights, seconds = self._search(budget, boundary)
-        # Read by `our_plan`; too large for the record.
-        self.cells.large(self._plan_key(budget, boundary), plan.to_json)
+        plan, weights, seconds = self._search(budget, boundary, more)
+        if not more:
+            # Read by `our_plan`; too large for the record.
+            self.cells.large(self._plan_key(budget, boundary), plan.to_json)
         kept = [n for _, n, _ in plan.counts]
         return {"psnr": self.tuned(rates, plan, weights), "kept": kept, "seconds": round(seconds, 1)}
 
@@ -169,13 +178,14 @@ class Seed:
         """The plan that our search finds."""
         return ca.Plan.from_json(
             self.cells.large(
-                self._plan_key(budget, boundary), lambda: self._search(budget, boundary)[0].to_json()
+                self._plan_key(budget, boundary), lambda: self._search(budget, boundary, 0)[0].to_json()
             )
         )
 
-    def _search(self, budget: float, boundary: bool) -> tuple[ca.Plan, Any, float]:
+    def _search(self, budget: float, boundary: bool, more: int) -> tuple[ca.Plan, Any, float]:
         groups = self.all_groups if boundary else self.groups
-        return self.task.search(self.config.search, self.dense, groups, budget, self.task.search_key)
+        start = self.trained_on(more) if more else self.dense
+        return self.task.search(self.config.search, start, groups, budget, self.task.search_key)
 
     def _plan_key(self, budget: float, boundary: bool) -> Key:
         return ("plan" if boundary else "plan, channels only", budget, self.seed)
