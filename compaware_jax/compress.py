@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from compaware_jax.criteria import Apply, Criterion, Verdict, measure
 from compaware_jax.fit import Batches, Loss, fit
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
-from compaware_jax.plan import Plan
+from compaware_jax.plan import Plan, component_table
 from compaware_jax.request import check_request
 from compaware_jax.search import Found, describe_search, problem_of, run_search
 from compaware_jax.small_function import Uncut, slim, uncut, work_in
 from compaware_jax.surgery import shrink
+from compaware_jax.tables import text_table
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,12 +43,31 @@ class Result:
     """
 
     apply: Callable[..., Any]
-    variables: Any
+    variables: Any = field(repr=False)
     found: Found
     uncut: tuple[Uncut, ...]
     verdicts: tuple[Verdict, ...]
     costs: Mapping[str, tuple[int, int]]
-    history: Mapping[str, Mapping[str, np.ndarray]]
+    history: Mapping[str, Mapping[str, np.ndarray]] = field(repr=False)
+
+    def __str__(self) -> str:
+        """What was asked, what came out, what each component paid: three tables."""
+        costs = [(n, f"{a:,}", f"{b:,}", f"{b / max(a, 1):.1%}") for n, (a, b) in self.costs.items()]
+        paid = [
+            (name, f"{a:,}", f"{b:,}", share)
+            for name, a, b, share in component_table(self.found.groups, self.plan)
+        ]
+        tables = [
+            text_table(("cost", "before", "after", "left"), costs),
+            text_table(("component", "parameters", "after", "left"), paid),
+        ]
+        if self.verdicts:
+            told = [
+                (v.criterion, f"{v.before:.6g}", f"{v.after:.6g}", "kept" if v.kept else "not kept")
+                for v in self.verdicts
+            ]
+            tables.insert(0, text_table(("criterion", "before", "after", ""), told))
+        return "\n\n".join(tables)
 
     @property
     def plan(self) -> Plan:

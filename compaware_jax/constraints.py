@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -14,7 +15,8 @@ import numpy as np
 from compaware_jax.errors import BudgetError
 from compaware_jax.groups import Group, Groups, Limits
 
-Amount = int | float
+# An int or a float, be it of Python, numpy or JAX; checked by value, so that a wrong one gets our message.
+Amount = Any
 
 
 def constrain(
@@ -23,7 +25,7 @@ def constrain(
     whole: str | Sequence[str] = (),
     floor: Mapping[str, Amount] | Amount = 0,
     ceiling: Mapping[str, Amount] | None = None,
-    multiple_of: Mapping[str, int] | int = 1,
+    multiple_of: Mapping[str, Amount] | Amount = 1,
     together: Sequence[tuple[str, str]] = (),
     apart: Mapping[str, int] | None = None,
     may_empty: str | Sequence[str] = (),
@@ -79,10 +81,11 @@ def constrain(
     for g, amount in _by_group(groups, ceiling or {}, "ceiling"):
         most[g] = math.floor(_units(amount, int(sizes[g]), "ceiling") + 1e-9)
     for g, multiple in _by_group(groups, multiple_of, "multiple_of"):
-        if not isinstance(multiple, int) or multiple < 1:
+        whole_number = _whole_number(multiple)
+        if whole_number is None or whole_number < 1:
             raise BudgetError(f"constrain: multiple_of={multiple!r}, expected a whole number of at least 1.")
-        held = math.gcd(multiple, *(times for _, _, times in groups.groups[g].axes))
-        step[g] = multiple // held
+        held = math.gcd(whole_number, *(times for _, _, times in groups.groups[g].axes))
+        step[g] = whole_number // held
     for pattern in (whole,) if isinstance(whole, str) else whole:
         least[_matching(groups, pattern, "whole")] = sizes[_matching(groups, pattern, "whole")]
     empty = np.zeros(number, bool)
@@ -109,12 +112,27 @@ def _both(first: Limits, second: Limits) -> Limits:
     )
 
 
-def _units(amount: Amount, size: int, what: str) -> float:
-    if isinstance(amount, bool) or amount < 0 or (isinstance(amount, float) and amount > 1):
+def _units(amount: Any, size: int, what: str) -> float:
+    number = _whole_number(amount)
+    if number is not None and number >= 0:
+        return float(min(number, size))
+    given = np.asarray(amount)
+    share = float(given) if given.dtype.kind == "f" and given.ndim == 0 else math.nan
+    if not 0 <= share <= 1:
         raise BudgetError(
             f"constrain: {what}={amount!r}, expected a number of units (int) or a share in [0, 1] (float)."
         )
-    return min(float(amount) if isinstance(amount, int) else amount * size, size)
+    return share * size
+
+
+def _whole_number(amount: Any) -> int | None:
+    """The integer, be it of Python, numpy or JAX; None for anything else, truth values too."""
+    if isinstance(amount, bool):
+        return None
+    try:
+        return operator.index(amount)
+    except TypeError:
+        return None
 
 
 def _by_group(groups: Groups, demand: Any, what: str) -> list[tuple[int, Any]]:

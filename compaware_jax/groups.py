@@ -101,7 +101,7 @@ class Limits:
     may_empty: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Groups:
     """What can leave a model, and what cannot.
 
@@ -205,9 +205,18 @@ class Groups:
         """A hash of the leaves' paths, shapes and dtypes: what a plan is tied to."""
         return fingerprint(self.leaves)
 
+    @property
+    def summary(self) -> str:
+        """Groups, units and parameters, counted in a line."""
+        parameters = sum(int(np.prod(leaf.shape)) for leaf in self.leaves)
+        return f"{len(self.groups)} groups, {self.units} units, {parameters:,} parameters"
+
+    def __repr__(self) -> str:
+        """The line that a debugger has room for; `print` shows the tables."""
+        return f"<Groups: {self.summary}>"
+
     def __str__(self) -> str:
         """The groups and the fixed axes, as tables."""
-        parameters = sum(int(np.prod(leaf.shape)) for leaf in self.leaves)
         rows = [
             (
                 " + ".join(group.components),
@@ -222,8 +231,7 @@ class Groups:
             for group in self.groups
         ]
         header = ("component", "group", "units", "kind", "parameters/unit", "axes (× indices/unit)")
-        title = f"{len(self.groups)} groups, {self.units} units, {parameters:,} parameters"
-        tables = [text_table(header, rows, title)]
+        tables = [text_table(header, rows, self.summary)]
         if self.fixed:
             tables.append(text_table(*self.fixed_table()))
         if self.unread:

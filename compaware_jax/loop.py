@@ -115,6 +115,8 @@ def digest(tree: Any) -> str:
     """A hash of the values in a tree (16 hexadecimal digits): ties a checkpoint to where it started."""
     values = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
         values.update(np.ascontiguousarray(leaf).tobytes())
     return values.hexdigest()[:16]
 

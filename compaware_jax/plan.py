@@ -18,7 +18,7 @@ from compaware_jax.groups import Groups, Leaf, fingerprint
 Indices = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What is kept of a model.
 
@@ -37,6 +37,11 @@ class Plan:
     released: tuple[str, ...] = ()
     states: tuple[tuple[str, str], ...] = ()
     cuts: Cuts = USUAL
+
+    def __repr__(self) -> str:
+        """Counts, in a line; `to_json` has the indices."""
+        counts = ", ".join(f"{name} {kept}/{units}" for name, kept, units in self.counts)
+        return f"<Plan for {self.fingerprint}: {self.parameters:,} parameters; {counts}>"
 
     @property
     def fingerprint(self) -> str:
@@ -123,6 +128,17 @@ class Plan:
         return cls.from_json(Path(path).read_text())
 
 
+def component_table(groups: Groups, plan: Plan) -> list[tuple[str, int, int, str]]:
+    """What each component paid: (component, parameters before, parameters after, share left)."""
+    before: dict[str, int] = {}
+    after: dict[str, int] = {}
+    for number, leaf in enumerate(groups.leaves):
+        name = groups.component_of(leaf.path)
+        before[name] = before.get(name, 0) + int(np.prod(leaf.shape))
+        after[name] = after.get(name, 0) + int(np.prod(plan.small_shape(number)))
+    return [(n, before[n], after[n], f"{after[n] / before[n]:.1%}") for n in before]
+
+
 def _check_indices(leaf: Leaf, axes: Sequence[Indices | None]) -> None:
     if len(axes) != len(leaf.shape):
         raise PlanError(f"Plan: `{leaf.path}` has {len(leaf.shape)} axes, the plan lists {len(axes)}.")
@@ -143,15 +159,22 @@ def plan_units(groups: Groups, keep: Any) -> Plan:
 
     Args:
       groups: what can leave.
-      keep: boolean array over units.
+      keep: array over units, of truth values, zeros and ones.
 
     Returns:
       The plan.
 
     Raises:
-      PlanError: `keep` has another shape, or leaves nothing of a group or of a guarded set.
+      PlanError: `keep` has another shape, holds soft values, or leaves nothing of a group or of a guarded
+        set.
     """
-    keep = np.asarray(keep, bool)
+    given = np.asarray(keep)
+    keep = given.astype(bool)
+    if (given != keep).any():
+        raise PlanError(
+            f"plan_units: keep holds {given[given != keep].ravel()[0]!s}, expected true or false, one or "
+            "zero. Soft gates or scores do not say which units stay: compare them with a threshold first."
+        )
     if keep.shape != (groups.units,):
         raise PlanError(
             f"plan_units: keep has shape {keep.shape}, expected one flag per unit, ({groups.units},)."

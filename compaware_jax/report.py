@@ -116,17 +116,6 @@ def component_colours(groups: Groups) -> dict[str, str]:
     return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
 
 
-def component_table(groups: Groups, plan: Plan) -> list[tuple[str, int, int, str]]:
-    """What each component paid: (component, parameters before, parameters after, share left)."""
-    before: dict[str, int] = {}
-    after: dict[str, int] = {}
-    for number, leaf in enumerate(groups.leaves):
-        name = groups.component_of(leaf.path)
-        before[name] = before.get(name, 0) + int(np.prod(leaf.shape))
-        after[name] = after.get(name, 0) + int(np.prod(plan.small_shape(number)))
-    return [(n, before[n], after[n], f"{after[n] / before[n]:.1%}") for n in before]
-
-
 def trajectory_figure(groups: Groups, share: np.ndarray, steps: int) -> Figure:
     """Kept share per group over the steps of the search.
 

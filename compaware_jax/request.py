@@ -86,6 +86,9 @@ def describe_request(problem: Problem, variables: Any, method: SearchMethod) -> 
         "model": problem.groups.fingerprint,
         "groups": _mark(problem.groups),
         "variables": digest(variables),
+        "data": digest([problem.batches(jnp.int32(step)) for step in (0, 1)]),
+        # Machines differ in the last digits.
+        "loss": f"{float(_first_loss(problem, variables)):.3g}",
         "criteria": [[c.name, c.threshold, c.above, c.trainable] for c in problem.criteria],
         # JSON has no tuples: a job has to compare equal after a round trip.
         "search": [
@@ -134,6 +137,16 @@ def _check_variables(variables: Any, groups: Groups) -> None:
 
 
 def _check_loss(problem: Problem, variables: Any) -> None:
+    value = _first_loss(problem, variables)
+    if value.shape != () or not bool(jnp.isfinite(value)):
+        raise TraceError(
+            f"compress: the loss of the dense model on batches(0) is {value}, expected one finite number. "
+            "Look for values in the data that are not finite, or for a loss without a mean."
+        )
+
+
+def _first_loss(problem: Problem, variables: Any) -> jax.Array:
+    """The loss of the dense model on the first batch."""
     batch = problem.batches(jnp.int32(0))
 
     def first(variables: Any) -> jax.Array:
@@ -141,9 +154,4 @@ def _check_loss(problem: Problem, variables: Any) -> None:
         updated(variables, updates)
         return value
 
-    value = jnp.asarray(jax.jit(first)(variables))
-    if value.shape != () or not bool(jnp.isfinite(value)):
-        raise TraceError(
-            f"compress: the loss of the dense model on batches(0) is {value}, expected one finite number. "
-            "Look for values in the data that are not finite, or for a loss without a mean."
-        )
+    return jnp.asarray(jax.jit(first)(variables))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -37,11 +37,11 @@ class Found:
     """
 
     plan: Plan
-    variables: Any
+    variables: Any = field(repr=False)
     groups: Groups
-    scores: np.ndarray
+    scores: np.ndarray = field(repr=False)
     coefficients: np.ndarray
-    history: Mapping[str, np.ndarray]
+    history: Mapping[str, np.ndarray] = field(repr=False)
 
 
 def find_plan(

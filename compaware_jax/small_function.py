@@ -48,7 +48,7 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
 
     def small_apply(small_variables: Any, *args: Any, **kwargs: Any) -> Any:
         small_leaves, structure = jax.tree.flatten(small_variables)
-        _check_small(small_variables, plan)
+        check_small(small_variables, plan, "slim")
         full = jax.tree.unflatten(
             structure,
             [
@@ -156,7 +156,12 @@ def work_in(groups: Groups) -> int:
     return sum(flops_of(eqn) for eqn in groups.analysis.program.block.equations)
 
 
-def _check_small(small_variables: Any, plan: Plan) -> None:
+def check_small(small_variables: Any, plan: Plan, caller: str) -> None:
+    """Refuse variables that are not the small ones of a plan.
+
+    Raises:
+      PlanError: says where they differ first.
+    """
     got = [(path, np.shape(leaf)) for path, leaf in named_leaves(small_variables)]
     expected = [(leaf.path, plan.small_shape(i)) for i, leaf in enumerate(plan.leaves)]
     if got != expected:
@@ -165,7 +170,7 @@ def _check_small(small_variables: Any, plan: Plan) -> None:
             (f"{len(got)} leaves", f"{len(expected)} leaves"),
         )
         raise PlanError(
-            f"slim: the variables do not fit the plan (fingerprint {plan.fingerprint}): got {wrong[0]}, "
+            f"{caller}: the variables do not fit the plan (fingerprint {plan.fingerprint}): got {wrong[0]}, "
             f"expected {wrong[1]}. Pass shrink(variables, plan) of the model that the plan was made for."
         )
 

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from compaware_jax.boundary import trim
 from compaware_jax.coefficients import GradientSearch, Problem, Score
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion
+from compaware_jax.errors import BudgetError
 from compaware_jax.fit import Batches, FitState, Loss, adam_cosine, fit_step
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
@@ -48,7 +49,7 @@ class Point:
     budget: Budget
     seed: int
     plan: Plan
-    variables: Any
+    variables: Any = field(repr=False)
     cost: tuple[int, int]
     metrics: Mapping[str, float]
     kept: Mapping[str, bool]
@@ -111,17 +112,17 @@ def sweep(
       keeps no criterion.
 
     Raises:
-      BudgetError: a budget is below what the fixed axes allow.
+      BudgetError: a budget is below what the fixed axes allow; the budgets are none, or on different
+        costs, or there are no seeds.
       CriterionError, PlanError, TraceError, CheckpointError: as for `compress`.
-      ValueError: the budgets are none, or on different costs, or there are no seeds.
     """
     for budget in budgets:
         check_budget(budget)
     if seeds < 1:
-        raise ValueError(f"sweep: seeds={seeds}, expected at least one lane per budget.")
+        raise BudgetError(f"sweep: seeds={seeds}, expected at least one lane per budget.")
     kinds = {budget.cost for budget in budgets}
     if len(kinds) != 1:
-        raise ValueError(
+        raise BudgetError(
             f"sweep: budgets are on {sorted(kinds) or 'nothing'}, expected one or more budgets, all on "
             "the same cost. Run one sweep per cost."
         )

@@ -14,9 +14,9 @@ from mnist_task import Task, psnr_of, uniform_plan
 
 import compaware_jax as ca
 from compaware_jax.cost import COSTS
+from compaware_jax.plan import component_table
 from compaware_jax.report import (
     Section,
-    component_table,
     html_report,
     kept_units_figure,
     save_figures,

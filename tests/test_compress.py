@@ -307,6 +307,36 @@ def test_checkpoints_are_of_the_same_demands(trained, tmp_path):
     compress((variables, whole), directory=tmp_path, fine_tune=20)
 
 
+def test_checkpoints_are_of_the_same_loss_and_data(trained, tmp_path):
+    compress(trained, directory=tmp_path, fine_tune=20)
+
+    def run(loss, batches):
+        variables, groups = trained
+        return ca.compress(
+            tasks.apply, variables, loss, batches, groups=groups, budget=ca.params(0.5),
+            search=tasks.SEARCH, fine_tune=20, criteria=[BOUND], held_out=tasks.held_out(),
+            learning_rate=1e-2, directory=tmp_path, progress=False,
+        )  # fmt: skip
+
+    with pytest.raises(CheckpointError, match=r"another job.*loss"):
+        run(lambda *args: 2 * tasks.loss(*args), tasks.batches)
+    with pytest.raises(CheckpointError, match=r"another job.*data"):
+        run(tasks.loss, lambda step: tasks.batches(step + 1))
+    run(tasks.loss, tasks.batches)
+
+
+def test_results_print_as_tables(trained):
+    result = compress(trained, fine_tune=5)
+    before, after = result.costs["parameters"]
+    text = str(result)
+    assert f"{before:,}" in text
+    assert f"{after:,}" in text
+    assert str(BOUND) in text
+    assert all(name in text for name in result.found.groups.components)
+    assert len(repr(result)) < 3000
+    assert "3 groups" in repr(result.found.groups)
+
+
 def test_training_that_diverges_is_an_error(trained):
     with pytest.raises(DivergenceError, match=r"fine-tune: .* not finite, in \['layer0/b'"):
         compress(trained, learning_rate=1e30, criteria=[])

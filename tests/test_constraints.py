@@ -53,6 +53,22 @@ def test_counts_keep_to_every_demand(groups):
             assert counts[2] == 30
 
 
+@pytest.mark.parametrize("integer", [np.int64, np.int32, jnp.asarray])
+def test_integers_of_numpy_and_jax_are_units(groups, integer):
+    demanded = ca.constrain(
+        groups, floor={"encoder": integer(1)}, ceiling={"middle": integer(1)}, multiple_of=integer(1)
+    )
+    assert demanded.floors.tolist() == [1, 1, 1]
+    assert demanded.ceilings.tolist() == [64, 1, 30]
+    assert ca.constrain(groups, floor=np.float32(1)).floors.tolist() == [64, 48, 30]
+
+
+@pytest.mark.parametrize("amount", [True, np.True_, -1, 1.5, np.float32(1.5), "3", None, float("nan")])
+def test_what_is_no_amount_is_refused(groups, amount):
+    with pytest.raises(BudgetError, match=r"floor=.*expected a number of units"):
+        ca.constrain(groups, floor={"encoder": amount})
+
+
 def test_multiples_count_indices_not_units():
     """A unit that holds four indices of an axis reaches a multiple of eight with two."""
 

@@ -137,6 +137,13 @@ def test_function_that_ties_what_was_separated():
         ca.slim(together, plan)(ca.shrink(variables, plan), np.ones((1, 2)))
 
 
+def test_soft_gates_are_no_choice(cut):
+    groups = cut[3]
+    with pytest.raises(PlanError, match=r"plan_units: keep holds 0\.3, .*threshold"):
+        ca.plan_units(groups, np.full(groups.units, 0.3))
+    assert ca.plan_units(groups, np.ones(groups.units)) == ca.plan_units(groups, np.ones(groups.units, bool))
+
+
 def test_emptied_group_is_refused(cut):
     groups = cut[3]
     with pytest.raises(PlanError, match="nothing of the group `conv`"):

@@ -25,7 +25,7 @@ from compaware_jax.adapters.calls import Static, hashable, split_arrays
 from compaware_jax.adapters.rebuilt import compare
 from compaware_jax.errors import TraceError
 from compaware_jax.plan import Plan
-from compaware_jax.small_function import slim
+from compaware_jax.small_function import check_small, slim
 from compaware_jax.surgery import shrink
 
 
@@ -105,7 +105,7 @@ class Slimmed(eqx.Module):
         return build(static, place, self.plan)(variables, *arrays)
 
 
-def slimmed(model: Any, plan: Plan, state: eqx.nn.State | None = None) -> Any:
+def slimmed(model: Any, plan: Plan, state: eqx.nn.State | None = None, variables: Any = None) -> Any:
     """A module that holds the small arrays and computes what `slim` computes.
 
     Args:
@@ -113,6 +113,7 @@ def slimmed(model: Any, plan: Plan, state: eqx.nn.State | None = None) -> Any:
       plan: what is kept, for groups that were found on ``functional(model)`` (or ``functional(model,
         state)``).
       state: the state that the groups were found with, if any.
+      variables: the small arrays, e.g. `Result.variables` of `compress`; default the model's own, cut.
 
     Returns:
       A module called like `model`, unbatched: `jax.vmap` goes around it. With state, the module and the
@@ -120,14 +121,21 @@ def slimmed(model: Any, plan: Plan, state: eqx.nn.State | None = None) -> Any:
 
     Raises:
       TraceError: the model is no Equinox module.
-      PlanError: the plan was made for another model.
+      PlanError: the plan was made for another model, or the variables are not small ones of it.
     """
-    small, small_state = _with_small_arrays(model, plan, state, "slimmed")
+    small, small_state = _with_small_arrays(model, plan, state, variables, "slimmed")
     module = Slimmed(small, plan)
     return module if state is None else (module, small_state)
 
 
-def smaller(model: Any, plan: Plan, *args: Any, state: eqx.nn.State | None = None, **kwargs: Any) -> Any:
+def smaller(
+    model: Any,
+    plan: Plan,
+    *args: Any,
+    state: eqx.nn.State | None = None,
+    variables: Any = None,
+    **kwargs: Any,
+) -> Any:
     """A module of the same class with smaller arrays, which runs its own code on them.
 
     It is the same function as the slimmed one only where nothing in its code depends on the size of a cut
@@ -139,6 +147,7 @@ def smaller(model: Any, plan: Plan, *args: Any, state: eqx.nn.State | None = Non
       plan: what is kept.
       *args: one example for the check (the state is added behind it); without any, nothing is checked.
       state: the state that the groups were found with, if any.
+      variables: the small arrays, e.g. `Result.variables` of `compress`; default the model's own, cut.
       **kwargs: further arguments of the call.
 
     Returns:
@@ -149,7 +158,7 @@ def smaller(model: Any, plan: Plan, *args: Any, state: eqx.nn.State | None = Non
       PlanError: the plan was made for another model, or (with an example) the smaller module computes
         something else than `slimmed`.
     """
-    small, small_state = _with_small_arrays(model, plan, state, "smaller")
+    small, small_state = _with_small_arrays(model, plan, state, variables, "smaller")
     if args or kwargs:
         inputs = args if state is None else (*args, small_state)
         expected = eqx.filter_jit(Slimmed(small, plan))(*inputs, **kwargs)
@@ -166,13 +175,15 @@ def _check(model: Any, caller: str) -> None:
         )
 
 
-def _with_small_arrays(model: Any, plan: Plan, state: Any, caller: str) -> tuple[Any, Any]:
+def _with_small_arrays(model: Any, plan: Plan, state: Any, small: Any, caller: str) -> tuple[Any, Any]:
     _check(model, caller)
     params, rest = eqx.partition(model, eqx.is_inexact_array)
-    if state is None:
-        return eqx.combine(shrink(params, plan), rest), None
     arrays, other = eqx.partition(state, eqx.is_inexact_array)
-    small = shrink({"params": params, "state": arrays}, plan)
+    if small is None:
+        small = shrink(params if state is None else {"params": params, "state": arrays}, plan)
+    check_small(small, plan, caller)
+    if state is None:
+        return eqx.combine(small, rest), None
     return eqx.combine(small["params"], rest), eqx.combine(small["state"], other)
 
 

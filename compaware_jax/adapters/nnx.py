@@ -17,7 +17,7 @@ from compaware_jax.adapters.layers import update_attributes
 from compaware_jax.adapters.rebuilt import compare
 from compaware_jax.errors import TraceError
 from compaware_jax.plan import Plan
-from compaware_jax.small_function import slim
+from compaware_jax.small_function import check_small, slim
 from compaware_jax.surgery import shrink
 from compaware_jax.trace import named_leaves
 
@@ -87,12 +87,13 @@ class Slimmed(nnx.Module):
         return output
 
 
-def slimmed(model: Any, plan: Plan) -> Slimmed:
+def slimmed(model: Any, plan: Plan, variables: Any = None) -> Slimmed:
     """A module that holds the small arrays and computes what `slim` computes.
 
     Args:
       model: the full module; it is not changed.
       plan: what is kept, for groups that were found on ``functional(model)``.
+      variables: the small arrays, e.g. `Result.variables` of `compress`; default the model's own, cut.
 
     Returns:
       A module called like `model`, in its mode. Its variables are proper Params, BatchStats and so on, for
@@ -101,12 +102,12 @@ def slimmed(model: Any, plan: Plan) -> Slimmed:
 
     Raises:
       TraceError: the model is no NNX module.
-      PlanError: the plan was made for another model.
+      PlanError: the plan was made for another model, or the variables are not small ones of it.
     """
-    return Slimmed(_with_small_arrays(model, plan, "slimmed"), plan)
+    return Slimmed(_with_small_arrays(model, plan, variables, "slimmed"), plan)
 
 
-def smaller(model: Any, plan: Plan, *args: Any, **kwargs: Any) -> Any:
+def smaller(model: Any, plan: Plan, *args: Any, variables: Any = None, **kwargs: Any) -> Any:
     """A module of the same class with smaller arrays, which runs its own code on them.
 
     It is the same function as the slimmed one only where nothing in its code depends on the size of a cut
@@ -118,6 +119,7 @@ def smaller(model: Any, plan: Plan, *args: Any, **kwargs: Any) -> Any:
       model: the full module, in evaluation mode if it drops out; it is not changed.
       plan: what is kept.
       *args: example inputs for the check; without any, nothing is checked.
+      variables: the small arrays, e.g. `Result.variables` of `compress`; default the model's own, cut.
       **kwargs: further arguments of the call.
 
     Returns:
@@ -128,7 +130,7 @@ def smaller(model: Any, plan: Plan, *args: Any, **kwargs: Any) -> Any:
       PlanError: the plan was made for another model, or (with example inputs) the smaller module computes
         something else than `slimmed`.
     """
-    small = _with_small_arrays(model, plan, "smaller")
+    small = _with_small_arrays(model, plan, variables, "smaller")
     update_attributes(small, plan)
     if args or kwargs:
         arrays, static = split_arrays((args, kwargs))
@@ -138,7 +140,7 @@ def smaller(model: Any, plan: Plan, *args: Any, **kwargs: Any) -> Any:
             args, kwargs = static.join(arrays)
             return module(*args, **kwargs)
 
-        expected = run(slimmed(model, plan), arrays)
+        expected = run(slimmed(model, plan, variables), arrays)
         # A clone, because the check must not advance batch statistics.
         compare(lambda: run(nnx.clone(small), arrays), expected, None, "smaller", "slimmed")
     return small
@@ -165,9 +167,12 @@ def _described(model: Any) -> str:
     return f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
 
 
-def _with_small_arrays(model: Any, plan: Plan, caller: str) -> Any:
+def _with_small_arrays(model: Any, plan: Plan, small: Any, caller: str) -> Any:
     graphdef, variables, held = _split(model, caller)
-    return nnx.merge(graphdef, shrink(variables, plan), held)
+    if small is None:
+        small = shrink(variables, plan)
+    check_small(small, plan, caller)
+    return nnx.merge(graphdef, small, held)
 
 
 def _small_call(graphdef: Any, static: Static, plan: Plan) -> Callable[..., Any]:

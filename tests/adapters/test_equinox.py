@@ -78,6 +78,12 @@ def test_slimmed_is_a_module_to_go_on_with(x64, tmp_path):
     # Keys are passed through, as Equinox users do.
     assert distance(eqx.filter_jit(small)(x[0], key=jax.random.key(1)), expected[0]) <= TIGHT
 
+    adapted = jax.tree.map(lambda leaf: 2 * leaf, ca.shrink(variables, plan))
+    got = jax.jit(jax.vmap(adapter.slimmed(model, plan, variables=adapted)))(x)
+    assert distance(got, jax.jit(ca.slim(batched(apply), plan))(adapted, x)) <= TIGHT
+    with pytest.raises(PlanError, match="slimmed: the variables do not fit the plan"):
+        adapter.slimmed(model, plan, variables=variables)
+
     @eqx.filter_jit
     @eqx.filter_value_and_grad
     def loss(module, x):

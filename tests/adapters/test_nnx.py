@@ -84,6 +84,14 @@ def test_slimmed_is_a_module_to_go_on_with(x64):
         plan.parameters
     )
 
+    adapted = jax.tree.map(lambda leaf: 2 * leaf, ca.shrink(variables, plan))
+    assert (
+        distance(run(adapter.slimmed(model, plan, adapted), x), jax.jit(ca.slim(apply, plan))(adapted, x))
+        == 0
+    )
+    with pytest.raises(PlanError, match="slimmed: the variables do not fit the plan"):
+        adapter.slimmed(model, plan, variables)
+
     # In training, batch statistics and generators move, and an optimizer sees the small Params.
     small.train()
     optimizer = nnx.Optimizer(small, optax.adam(1e-2), wrt=nnx.Param)
