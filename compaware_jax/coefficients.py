@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Num
 
 from compaware_jax.cost import Cost
 from compaware_jax.criteria import Apply, Criterion
-from compaware_jax.errors import BudgetError
+from compaware_jax.errors import RequestError
 from compaware_jax.fit import (
     Batches,
     Loss,
@@ -213,7 +213,7 @@ class GradientSearch:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 <= self.ramp <= 1 or not 0 <= self.harden <= 1:
-            raise BudgetError(
+            raise RequestError(
                 f"GradientSearch: steps={self.steps}, ramp={self.ramp}, harden={self.harden}; expected at "
                 "least one step, and shares of the steps in [0, 1]."
             )

@@ -19,7 +19,7 @@ from compaware_jax.fit import Batches, Loss, fit
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
 from compaware_jax.plan import Plan, component_table
-from compaware_jax.request import check_request
+from compaware_jax.request import check_request, check_steps
 from compaware_jax.search import Found, describe_search, problem_of, run_search
 from compaware_jax.small_function import Uncut, slim, uncut, work_in
 from compaware_jax.surgery import shrink
@@ -131,12 +131,14 @@ def compress(
 
     Raises:
       BudgetError: the budget is below what the fixed axes allow.
-      CriterionError: the dense model already fails a criterion.
+      RequestError: an argument is malformed, or the batches are no pure function of the step.
+      CriterionError: the dense model already fails a criterion, or a metric does not run on a small model.
       PlanError: nothing can leave, or the variables are not those of the groups, or not trainable.
-      TraceError: the loss is not one finite number.
+      TraceError: the loss is not one finite number, or does not run on a small model.
       DivergenceError: the search or the fine-tune ended in values that are not finite.
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
     """
+    check_steps(fine_tune, "compress: fine_tune")
     problem = problem_of(apply, loss, batches, groups, budget, criteria, score)
     before = check_request(problem, variables, held_out, allow_failing=allow_failing)
     folder = None if directory is None else Path(directory)

@@ -200,14 +200,10 @@ class Budget:
 
 
 def _budget(cost: str, fraction: Any) -> Budget:
-    try:
-        return Budget(cost, float(fraction))
-    except (TypeError, ValueError) as error:
-        if isinstance(error, BudgetError):
-            raise
-        raise BudgetError(
-            f"Budget: the fraction of {cost} is {fraction!r}, expected a number in (0, 1]."
-        ) from error
+    given = np.asarray(fraction)
+    if given.ndim or given.dtype.kind not in "iuf":
+        raise BudgetError(f"Budget: the fraction of {cost} is {fraction!r}, expected a number in (0, 1].")
+    return Budget(cost, float(given))
 
 
 def params(fraction: Any) -> Budget:

@@ -17,6 +17,10 @@ class PlanError(CompawareError):
     """A plan does not fit the tree or the function it is applied to."""
 
 
+class RequestError(CompawareError):
+    """An argument of a call is malformed: data, steps, keys, settings of a search."""
+
+
 class BudgetError(CompawareError):
     """A budget is malformed or cannot be reached."""
 

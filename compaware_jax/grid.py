@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compaware_jax.coefficients import Problem, Search, on_budget, soft_gates
-from compaware_jax.errors import BudgetError
+from compaware_jax.errors import RequestError
 from compaware_jax.fit import adam_cosine, fit_step
 from compaware_jax.importance import ranks
 from compaware_jax.masks import apply_mask
@@ -55,7 +55,7 @@ class GridSearch:
         levels = np.log(np.asarray(self.levels))
         varied = np.flatnonzero(groups.floors < groups.ceilings)[1:]
         if len(levels) ** len(varied) > MOST_POINTS:
-            raise BudgetError(
+            raise RequestError(
                 f"GridSearch: {len(levels)} levels of {len(varied)} groups are "
                 f"{len(levels) ** len(varied):,} points, expected at most {MOST_POINTS:,}. Give fewer "
                 "levels, keep groups whole with constrain(groups, whole=...), or use GradientSearch."

@@ -1,21 +1,28 @@
-"""What is asked of `compress`, `find_plan` and `sweep`: refused early, and described for resumption."""
+"""What is asked of `compress`, `find_plan` and `sweep`, refused early where it cannot work."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, is_dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compaware_jax.coefficients import Problem, SearchMethod
+from compaware_jax.coefficients import Problem
 from compaware_jax.cost import Budget
-from compaware_jax.criteria import check_dense, measure
-from compaware_jax.errors import BudgetError, CriterionError, PlanError, TraceError
+from compaware_jax.criteria import Criterion, check_dense, measure
+from compaware_jax.errors import (
+    BudgetError,
+    CriterionError,
+    PlanError,
+    RequestError,
+    TraceError,
+)
 from compaware_jax.fit import updated, value_and_updates
 from compaware_jax.groups import Groups, fingerprint, leaves_of
 from compaware_jax.loop import digest
+from compaware_jax.rehearsal import rehearse
 
 
 def check_request(
@@ -33,29 +40,37 @@ def check_request(
       The dense model's value per criterion.
 
     Raises:
-      PlanError: nothing can leave, or the variables are not those of the groups, or not trainable.
-      TraceError: the loss is not one finite number.
+      RequestError, PlanError, TraceError: as `check_problem`.
       CriterionError: criteria without held_out, with equal names, or failed by the dense model.
     """
-    check_problem(problem, variables)
-    if not problem.criteria:
-        return {}
-    if held_out is None:
+    if problem.criteria and held_out is None:
         raise CriterionError(
             "compress: criteria need held_out, the batch that they are measured on; got None."
         )
+    if callable(held_out):
+        raise CriterionError(
+            f"compress: held_out is a function, {_name(held_out)}, expected the batch that criteria are "
+            "measured on: call it."
+        )
+    check_problem(problem, variables, held_out)
+    if not problem.criteria:
+        return {}
     before = measure(problem.criteria, problem.apply, variables, held_out)
     if not allow_failing:
         check_dense(problem.criteria, before)
     return before
 
 
-def check_problem(problem: Problem, variables: Any) -> None:
+def check_problem(problem: Problem, variables: Any, held_out: Any = None) -> None:
     """Refuse what no search can work on.
 
     Raises:
-      PlanError: nothing can leave, or the variables are not those of the groups, or not trainable.
-      TraceError: the loss is not one finite number.
+      PlanError: nothing can leave, or the variables are not those of the groups, or not trainable; or the
+        score is not one finite number per unit.
+      RequestError: the batches are no pure function of the step.
+      TraceError: the loss is not one finite number, or does not use the function and the variables that it
+        is called with, or does not run with small ones.
+      CriterionError: a metric does not, likewise.
     """
     if not problem.groups.groups:
         raise PlanError(
@@ -63,7 +78,26 @@ def check_problem(problem: Problem, variables: Any) -> None:
             "stays whole."
         )
     _check_variables(variables, problem.groups)
+    _check_batches(problem)
     _check_loss(problem, variables)
+    _check_score(problem, variables)
+    rehearse(problem, variables, held_out)
+
+
+def check_functions(apply: Any, loss: Any, batches: Any) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+      RequestError: says what to pass instead.
+    """
+    expected = {
+        "apply": (apply, "the model as a pure function apply(variables, *args)."),
+        "loss": (loss, "a function (apply, variables, batch) -> scalar."),
+        "batches": (batches, f"a function step -> batch, pure and jittable. {_RESIDENT}"),
+    }
+    for name, (given, what) in expected.items():
+        if not callable(given):
+            raise RequestError(f"{name} is {type(given).__name__}, expected {what}")
 
 
 def check_budget(budget: Any) -> None:
@@ -78,34 +112,62 @@ def check_budget(budget: Any) -> None:
         )
 
 
-def describe_request(problem: Problem, variables: Any, method: SearchMethod) -> dict[str, Any]:
-    """What identifies a request, as JSON values: a checkpoint of another one is refused."""
-    settings = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
-    score = problem.score
-    return {
-        "model": problem.groups.fingerprint,
-        "groups": _mark(problem.groups),
-        "variables": digest(variables),
-        "data": digest([problem.batches(jnp.int32(step)) for step in (0, 1)]),
-        # Machines differ in the last digits.
-        "loss": f"{float(_first_loss(problem, variables)):.3g}",
-        "criteria": [[c.name, c.threshold, c.above, c.trainable] for c in problem.criteria],
-        # JSON has no tuples: a job has to compare equal after a round trip.
-        "search": [
-            type(method).__name__,
-            {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()},
-        ],
-        "score": getattr(score, "__name__", type(score).__name__),
-    }
+def checked_criteria(criteria: Any) -> tuple[Criterion, ...]:
+    """The criteria as a tuple.
+
+    Raises:
+      CriterionError: something else is among them, or is given instead.
+    """
+    if isinstance(criteria, Sequence) and all(isinstance(c, Criterion) for c in criteria):
+        return tuple(criteria)
+    got = [type(c).__name__ for c in criteria] if isinstance(criteria, Sequence) else type(criteria).__name__
+    raise CriterionError(
+        f"criteria is {got}, expected a list of criteria, such as [at_least('psnr', metric, 30.0)]."
+    )
 
 
-def _mark(groups: Groups) -> str:
-    """A hash of the groups, of what cuts them and of what is demanded of them."""
-    cuts = groups.analysis.cuts
-    named = [(group.name, group.units, group.boundary) for group in groups.groups]
-    cut = [cuts.within_heads, cuts.boundary, *sorted(map(repr, cuts.choices)), groups.released, groups.states]
-    limits = groups.floors, groups.ceilings, groups.steps, groups.may_empty
-    return digest([np.frombuffer(repr([named, cut]).encode(), np.uint8), groups.units_of, limits])
+def check_steps(steps: Any, name: str) -> None:
+    """Refuse what is no number of training steps.
+
+    Raises:
+      RequestError: says what to pass instead.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0:
+        raise RequestError(f"{name}={steps!r}, expected a whole number of steps, none or more.")
+
+
+def checked_key(key: Any) -> jax.Array:
+    """The source of randomness, ``jax.random.key(0)`` where none is given.
+
+    Raises:
+      RequestError: it is no single random key.
+    """
+    if key is None:
+        return jax.random.key(0)
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = isinstance(key, (jax.Array, np.ndarray)) and key.dtype == np.uint32 and key.ndim == 1
+    if not (raw or (typed and key.shape == ())):
+        raise RequestError(f"key={key!r}, expected one random key, such as jax.random.key(0).")
+    return jnp.asarray(key)
+
+
+def first_loss(problem: Problem, variables: Any) -> jax.Array:
+    """The loss of the dense model on the first batch."""
+    batch = problem.batches(jnp.int32(0))
+
+    def first(variables: Any) -> jax.Array:
+        value, updates = value_and_updates(problem.loss, problem.apply, variables, batch)
+        updated(variables, updates)
+        return value
+
+    return jnp.asarray(jax.jit(first)(variables))
+
+
+_RESIDENT = "data.resident makes such a function of arrays that fit the device."
+
+
+def _name(function: Any) -> str:
+    return f"`{getattr(function, '__qualname__', type(function).__name__)}`"
 
 
 def _check_variables(variables: Any, groups: Groups) -> None:
@@ -113,10 +175,12 @@ def _check_variables(variables: Any, groups: Groups) -> None:
     if got != groups.fingerprint:
         expected = {leaf.path: leaf for leaf in groups.leaves}
         wrong = [leaf for leaf in leaves_of(variables) if expected.get(leaf.path) != leaf]
+        told = "missing leaves"
+        if wrong:
+            told = f"got {wrong[0]}, expected {expected.get(wrong[0].path, 'no such leaf')}"
         raise PlanError(
             f"the variables (fingerprint {got}) are not those that the groups were found for "
-            f"({groups.fingerprint}); first difference: {wrong[0] if wrong else 'missing leaves'}. Call "
-            "find_groups with these variables."
+            f"({groups.fingerprint}); first difference: {told}. Call find_groups with these variables."
         )
     whole = [leaf.path for leaf in groups.leaves if not jnp.issubdtype(leaf.dtype, jnp.inexact)]
     if whole:
@@ -136,22 +200,55 @@ def _check_variables(variables: Any, groups: Groups) -> None:
         )
 
 
+def _check_batches(problem: Problem) -> None:
+    """Batches are a function of the step, compiled or not."""
+    batches, remedy = problem.batches, _RESIDENT
+    steps = [jnp.int32(step) for step in (0, 1)]
+    first, second = (digest(batches(step)) for step in steps)
+    if digest(batches(steps[0])) != first:
+        raise RequestError(
+            "compress: batches(0) gives another batch each time, expected a pure function of the step: a "
+            f"resumed run would see other data. {remedy}"
+        )
+    try:
+        compiled = [digest(batch) for batch in map(jax.jit(batches), steps)]
+    except jax.errors.JAXTypeError as error:
+        raise RequestError(
+            f"compress: batches cannot be compiled ({type(error).__name__}). Expected a function that takes "
+            f"its batch by JAX, e.g. array[indices] of a jax.Array; a generator on the host needs "
+            f"jax.pure_callback. {remedy}"
+        ) from error
+    if first != second and compiled[0] == compiled[1]:
+        raise RequestError(
+            "compress: compiled, batches gives the same batch at every step: what tells them apart is not "
+            f"computed from the step by JAX. Expected e.g. jax.random.fold_in(key, step). {remedy}"
+        )
+
+
 def _check_loss(problem: Problem, variables: Any) -> None:
-    value = _first_loss(problem, variables)
-    if value.shape != () or not bool(jnp.isfinite(value)):
+    value = first_loss(problem, variables)
+    if value.shape != ():
         raise TraceError(
-            f"compress: the loss of the dense model on batches(0) is {value}, expected one finite number. "
+            f"compress: the loss has shape {value.shape}, expected one number, such as a mean over the batch."
+        )
+    if not bool(jnp.isfinite(value)):
+        raise TraceError(
+            f"compress: the loss of the dense model on batches(0) is {value}, expected a finite number. "
             "Look for values in the data that are not finite, or for a loss without a mean."
         )
 
 
-def _first_loss(problem: Problem, variables: Any) -> jax.Array:
-    """The loss of the dense model on the first batch."""
-    batch = problem.batches(jnp.int32(0))
-
-    def first(variables: Any) -> jax.Array:
-        value, updates = value_and_updates(problem.loss, problem.apply, variables, batch)
-        updated(variables, updates)
-        return value
-
-    return jnp.asarray(jax.jit(first)(variables))
+def _check_score(problem: Problem, variables: Any) -> None:
+    scores = jnp.asarray(jax.jit(lambda v: problem.score(problem.groups, v))(variables))
+    if scores.shape != (problem.groups.units,):
+        raise PlanError(
+            f"compress: the score {_name(problem.score)} has shape {scores.shape}, expected one number per "
+            f"unit, ({problem.groups.units},)."
+        )
+    if bool(jnp.isnan(scores).any()):
+        unit = int(jnp.argmax(jnp.isnan(scores)))
+        group = problem.groups.groups[int(problem.groups.group_of_unit[unit])]
+        raise PlanError(
+            f"compress: the score {_name(problem.score)} is not a number at unit {unit - group.offset} of "
+            f"`{group.name}`, expected numbers that rank the units."
+        )

@@ -14,12 +14,20 @@ from compaware_jax.boundary import trim
 from compaware_jax.coefficients import GradientSearch, Problem, Score, SearchMethod
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion
+from compaware_jax.errors import RequestError
 from compaware_jax.fit import Batches, Loss, check_finite
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
+from compaware_jax.job import describe_request
 from compaware_jax.loop import run_steps
 from compaware_jax.plan import Plan, plan_units
-from compaware_jax.request import check_budget, check_problem, describe_request
+from compaware_jax.request import (
+    check_budget,
+    check_functions,
+    check_problem,
+    checked_criteria,
+    checked_key,
+)
 from compaware_jax.select import keep_units, round_counts
 
 
@@ -83,8 +91,9 @@ def find_plan(
 
     Raises:
       BudgetError: the budget is below what the fixed axes allow.
+      RequestError: an argument is malformed, or the batches are no pure function of the step.
       PlanError: nothing can leave, or the variables are not those of the groups, or not trainable.
-      TraceError: the loss is not one finite number.
+      TraceError: the loss is not one finite number, or does not run on a small model.
       DivergenceError: the search ended in values that are not finite.
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
     """
@@ -96,25 +105,30 @@ def find_plan(
 
 
 def problem_of(
-    apply: Apply,
-    loss: Loss,
-    batches: Batches,
+    apply: Any,
+    loss: Any,
+    batches: Any,
     groups: Groups,
     budget: Any,
-    criteria: Sequence[Criterion],
+    criteria: Any,
     score: Score,
 ) -> Problem:
     """What a search is asked at a budget.
 
     Raises:
+      RequestError: what should be a function is none.
       BudgetError: it is no budget.
+      CriterionError: a criterion is none.
     """
+    check_functions(apply, loss, batches)
     check_budget(budget)
-    return Problem(apply, loss, batches, groups, COSTS[budget.cost](groups), tuple(criteria), score)
+    return Problem(
+        apply, loss, batches, groups, COSTS[budget.cost](groups), checked_criteria(criteria), score
+    )
 
 
 def describe_search(
-    problem: Problem, variables: Any, budget: Budget, search: SearchMethod | None, key: jax.Array | None
+    problem: Problem, variables: Any, budget: Budget, search: Any, key: Any
 ) -> dict[str, Any]:
     """What identifies a search, as JSON values."""
     method, key = _defaults(search, key)
@@ -130,8 +144,8 @@ def run_search(
     variables: Any,
     budget: Budget,
     *,
-    search: SearchMethod | None,
-    key: jax.Array | None,
+    search: Any,
+    key: Any,
     directory: str | os.PathLike[str] | None,
     progress: bool,
 ) -> Found:
@@ -158,5 +172,10 @@ def run_search(
     return Found(plan_units(groups, keep), trained, problem.groups, scores, coefficients, history)
 
 
-def _defaults(search: SearchMethod | None, key: jax.Array | None) -> tuple[SearchMethod, jax.Array]:
-    return search or GradientSearch(), jax.random.key(0) if key is None else key
+def _defaults(search: Any, key: Any) -> tuple[SearchMethod, jax.Array]:
+    method = GradientSearch() if search is None else search
+    if isinstance(method, type) or not isinstance(method, SearchMethod):
+        raise RequestError(
+            f"search={method!r}, expected a configured search, such as GradientSearch(steps=1000)."
+        )
+    return method, checked_key(key)

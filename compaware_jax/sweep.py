@@ -17,14 +17,15 @@ from compaware_jax.boundary import trim
 from compaware_jax.coefficients import GradientSearch, Problem, Score
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion
-from compaware_jax.errors import BudgetError
+from compaware_jax.errors import BudgetError, RequestError
 from compaware_jax.fit import Batches, FitState, Loss, adam_cosine, fit_step
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
+from compaware_jax.job import describe_request
 from compaware_jax.loop import run_steps
 from compaware_jax.masks import apply_mask
 from compaware_jax.plan import Plan, plan_units
-from compaware_jax.request import check_budget, check_request, describe_request
+from compaware_jax.request import check_budget, check_functions, check_request, check_steps, checked_criteria
 from compaware_jax.select import keep_units, round_counts
 from compaware_jax.surgery import shrink
 
@@ -112,14 +113,16 @@ def sweep(
       keeps no criterion.
 
     Raises:
-      BudgetError: a budget is below what the fixed axes allow; the budgets are none, or on different
-        costs, or there are no seeds.
+      BudgetError: a budget is below what the fixed axes allow; the budgets are none, or on different costs.
+      RequestError: there are no seeds, or as for `compress`.
       CriterionError, PlanError, TraceError, CheckpointError: as for `compress`.
     """
+    check_functions(apply, loss, batches)
     for budget in budgets:
         check_budget(budget)
     if seeds < 1:
-        raise BudgetError(f"sweep: seeds={seeds}, expected at least one lane per budget.")
+        raise RequestError(f"sweep: seeds={seeds}, expected at least one lane per budget.")
+    check_steps(fine_tune, "sweep: fine_tune")
     kinds = {budget.cost for budget in budgets}
     if len(kinds) != 1:
         raise BudgetError(
@@ -129,7 +132,7 @@ def sweep(
     limits = [budget.limit(groups) for budget in budgets]
     cost = COSTS[kinds.pop()](groups)
     method = search or GradientSearch()
-    problem = Problem(apply, loss, batches, groups, cost, tuple(criteria), score)
+    problem = Problem(apply, loss, batches, groups, cost, checked_criteria(criteria), score)
     check_request(problem, variables, held_out, allow_failing=allow_failing)
     criteria = problem.criteria
     job = describe_request(problem, variables, method)

@@ -8,7 +8,7 @@ import pytest
 import compaware_jax as ca
 from compaware_jax.coefficients import Problem, _tangent, on_budget, soft_gates
 from compaware_jax.cost import parameter_cost
-from compaware_jax.errors import BudgetError
+from compaware_jax.errors import RequestError
 from compaware_jax.fit import constrained, dual_ascent
 from compaware_jax.importance import ranks
 from compaware_jax.loop import run_steps
@@ -215,7 +215,7 @@ def test_grid_search_passes_over_what_diverges(trained):
 def test_grid_of_too_many_points_is_refused(trained):
     _, groups = trained
     problem = Problem(tasks.apply, tasks.loss, tasks.batches, groups, parameter_cost(groups))
-    with pytest.raises(BudgetError, match="1000 levels of 2 groups are 1,000,000 points"):
+    with pytest.raises(RequestError, match="1000 levels of 2 groups are 1,000,000 points"):
         ca.GridSearch(levels=tuple(np.linspace(0.1, 2, 1000).tolist())).build(problem)
 
 

@@ -21,6 +21,7 @@ from compaware_jax.errors import (
     CriterionError,
     DivergenceError,
     PlanError,
+    RequestError,
     TraceError,
 )
 from tests import tasks
@@ -114,7 +115,7 @@ def test_bad_input(trained, tmp_path):
         ca.at_least("x", tasks.error, float("nan"))
     with pytest.raises(CriterionError, match="criteria need held_out"):
         compress(trained, held_out=None)
-    with pytest.raises(TraceError, match=r"is nan, expected one finite number"):
+    with pytest.raises(TraceError, match=r"is nan, expected a finite number"):
         ca.compress(
             tasks.apply, variables, tasks.loss, lambda step: tasks.batches(step) * jnp.nan,
             groups=groups, budget=ca.params(0.5),
@@ -143,7 +144,7 @@ def test_bad_input(trained, tmp_path):
         with pytest.raises(ValueError, match=message):
             ca.sweep(tasks.apply, variables, tasks.loss, tasks.batches, groups=groups, **changes)
     for wrong in ({"steps": 0}, {"ramp": -0.1}, {"harden": 2.0}):
-        with pytest.raises(BudgetError, match="expected at least one step"):
+        with pytest.raises(RequestError, match="expected at least one step"):
             ca.GradientSearch(**wrong)
 
 

@@ -1,0 +1,44 @@
+"""What identifies a request, so that a checkpoint of another one is refused."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from compaware_jax.coefficients import Problem, SearchMethod
+from compaware_jax.groups import Groups
+from compaware_jax.loop import digest
+from compaware_jax.request import first_loss
+
+
+def describe_request(problem: Problem, variables: Any, method: SearchMethod) -> dict[str, Any]:
+    """What identifies a request, as JSON values: a checkpoint of another one is refused."""
+    settings = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
+    score = problem.score
+    return {
+        "model": problem.groups.fingerprint,
+        "groups": _mark(problem.groups),
+        "variables": digest(variables),
+        "data": digest([problem.batches(jnp.int32(step)) for step in (0, 1)]),
+        # Machines differ in the last digits.
+        "loss": f"{float(first_loss(problem, variables)):.3g}",
+        "criteria": [[c.name, c.threshold, c.above, c.trainable] for c in problem.criteria],
+        # JSON has no tuples: a job has to compare equal after a round trip.
+        "search": [
+            type(method).__name__,
+            {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()},
+        ],
+        "score": getattr(score, "__name__", type(score).__name__),
+    }
+
+
+def _mark(groups: Groups) -> str:
+    """A hash of the groups, of what cuts them and of what is demanded of them."""
+    cuts = groups.analysis.cuts
+    named = [(group.name, group.units, group.boundary) for group in groups.groups]
+    cut = [cuts.within_heads, cuts.boundary, *sorted(map(repr, cuts.choices)), groups.released, groups.states]
+    limits = groups.floors, groups.ceilings, groups.steps, groups.may_empty
+    return digest([np.frombuffer(repr([named, cut]).encode(), np.uint8), groups.units_of, limits])

@@ -1,0 +1,120 @@
+"""A search played through on shapes: what would fail after hours, when the model is small, fails at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compaware_jax.coefficients import Problem
+from compaware_jax.errors import CompawareError, CriterionError, TraceError
+from compaware_jax.fit import value_and_updates
+from compaware_jax.groups import COLLECTIONS
+from compaware_jax.plan import Plan, plan_units
+from compaware_jax.select import keep_units
+from compaware_jax.small_function import slim
+from compaware_jax.trace import named_leaves, trace
+
+_LOG = logging.getLogger(__name__)
+
+
+def rehearse(problem: Problem, variables: Any, held_out: Any) -> None:
+    """Trace the loss and the criteria of the dense and of a small model, computing nothing.
+
+    Leaves of a collection such as ``batch_stats`` that the loss reads and does not update are warned of: they
+    would be trained like weights.
+
+    Args:
+      problem: what is asked.
+      variables: the dense model's.
+      held_out: the batch that criteria are measured on; None where nothing is measured.
+
+    Raises:
+      TraceError: the loss does not use the variables that it is called with, or fails on small ones.
+      CriterionError: a metric, likewise.
+    """
+    plan = _half(problem)
+    batch = jax.eval_shape(problem.batches, jnp.int32(0))
+    apply, small_apply = problem.apply, slim(problem.apply, plan)
+    leaves = jax.tree.leaves(variables)
+    small = jax.tree.unflatten(
+        jax.tree.structure(variables),
+        [jax.ShapeDtypeStruct(plan.small_shape(i), leaf.dtype) for i, leaf in enumerate(leaves)],
+    )
+
+    def loss(apply: Any, variables: Any, batch: Any) -> Any:
+        return value_and_updates(problem.loss, apply, variables, batch)[0]
+
+    read = _leaves_read(loss, apply, variables, batch)
+    if not read:
+        raise TraceError(f"compress: the loss does not depend on the variables. {_ASKED}")
+    _warn_of_trained_state(problem, read, variables, batch)
+    _played(loss, small_apply, small, batch, TraceError, "the loss")
+    if held_out is None:
+        return
+    for criterion in problem.criteria:
+        name = f"the metric of `{criterion.name}`"
+        if not _leaves_read(criterion.metric, apply, variables, held_out):
+            raise CriterionError(f"compress: {name} does not depend on the variables. {_ASKED}")
+        _played(criterion.metric, small_apply, small, held_out, CriterionError, name)
+
+
+_ASKED = (
+    "It is called as f(apply, variables, batch) with the dense, the masked and the small model, and has to "
+    "use that `apply` and those `variables`, not the dense model around it."
+)
+
+
+def _half(problem: Problem) -> Plan:
+    """A plan that keeps about half of every group."""
+    groups = problem.groups
+    half = np.clip(groups.sizes // 2 // groups.steps * groups.steps, groups.floors, groups.ceilings)
+    return plan_units(groups, keep_units(groups, np.zeros(groups.units), half))
+
+
+def _leaves_read(function: Callable[..., Any], apply: Any, variables: Any, batch: Any) -> list[str]:
+    """Paths of the leaves of the variables that reach the result, and not only through `stop_gradient`."""
+    program = trace(lambda variables, batch: function(apply, variables, batch), variables, batch)
+    needed = set(program.block.outputs)
+    for eqn in reversed(program.block.equations):
+        if needed & set(eqn.outputs) and eqn.primitive.name != "stop_gradient":
+            needed.update(eqn.inputs)
+    return [path for path, v in zip(program.leaves, program.leaf_values, strict=True) if v in needed]
+
+
+def _warn_of_trained_state(problem: Problem, read: list[str], variables: Any, batch: Any) -> None:
+    def updates(variables: Any, batch: Any) -> Any:
+        return value_and_updates(problem.loss, problem.apply, variables, batch)[1]
+
+    updated = {path for path, _ in named_leaves(jax.eval_shape(updates, variables, batch))}
+    state = COLLECTIONS - {"params"}
+    trained = [path for path in read if path.split("/")[0] in state and path not in updated]
+    if trained:
+        _LOG.warning(
+            "`%s`%s would be trained like a weight, because the loss reads it and returns no update of it. "
+            "Return (loss, updates) of a loss in training mode; or close over what is to stay as it is.",
+            trained[0],
+            f" and {len(trained) - 1} more leaves" if len(trained) > 1 else "",
+        )
+
+
+def _played(
+    function: Callable[..., Any],
+    apply: Any,
+    variables: Any,
+    batch: Any,
+    kind: type[CompawareError],
+    name: str,
+) -> None:
+    try:
+        jax.eval_shape(lambda variables, batch: function(apply, variables, batch), variables, batch)
+    except Exception as error:
+        what = next(iter(str(error).splitlines()), "")
+        raise kind(
+            f"compress: {name} fails on a model with half of its units ({type(error).__name__}: {what}). "
+            f"{_ASKED}"
+        ) from error
