@@ -111,6 +111,7 @@ def soft_gates(
       Shape (units,), in [0, 1]; whole counts and no edge give hard gates.
     """
     units, group = jnp.asarray(groups.sizes, counts.dtype), groups.group_of_unit
+    rank = jnp.asarray(rank, counts.dtype)
     # The edge narrows as a group fills, so that a whole group has only open gates.
     width = jnp.maximum(1.0, jnp.minimum(edge * counts, 2 * (units - counts) + 1))
     return jnp.clip((counts[group] - rank - 0.5) / width[group] + 0.5, 0.0, 1.0)
@@ -305,6 +306,6 @@ def _tangent(
     """
     by_cost = jax.grad(lambda x: jnp.log(cost(jnp.exp(x))))(log_counts)
     can_pay = jnp.sum(by_cost, where=cost.least < cost.most)
-    paying = jnp.maximum(jnp.sum(free * by_cost), _PAYING * can_pay)
-    price = -jnp.sum(free * gradient) / jnp.maximum(paying, 1e-6)
+    paying = jnp.maximum(jnp.sum(by_cost, where=free), _PAYING * can_pay)
+    price = -jnp.sum(gradient, where=free) / jnp.maximum(paying, 1e-6)
     return gradient + price * by_cost, price

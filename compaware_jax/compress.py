@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from compaware_jax.coefficients import Score, SearchMethod
-from compaware_jax.cost import COSTS, Budget
+from compaware_jax.cost import COSTS, Budget, flop_cost
 from compaware_jax.criteria import Apply, Criterion, Verdict, measure
 from compaware_jax.fit import Batches, Loss, fit
 from compaware_jax.groups import Groups
@@ -21,7 +21,7 @@ from compaware_jax.importance import l2
 from compaware_jax.plan import Plan, component_table
 from compaware_jax.request import check_request, check_steps
 from compaware_jax.search import Found, describe_search, problem_of, run_search
-from compaware_jax.small_function import Uncut, slim, uncut, work_in
+from compaware_jax.small_function import Uncut, flops_left, slim, uncut, work_in
 from compaware_jax.surgery import shrink
 from compaware_jax.tables import text_table
 
@@ -36,9 +36,10 @@ class Result:
       apply: the small function, with the signature of the dense one.
       variables: its variables.
       found: what the search found: the plan, the weights before surgery, what could leave.
-      uncut: what of the small function runs at full width; no cost counts it.
+      uncut: what of the small function runs at full width, because it would not be exact otherwise.
       verdicts: per criterion its value before and after, and whether it is kept.
-      costs: per cost its value before and after.
+      costs: per cost its value before and after; the FLOPs are those that the small function runs, at full
+        width where it has to.
       history: per phase ("search", "fine-tune") the means over chunks of steps.
     """
 
@@ -151,7 +152,7 @@ def compress(
         directory=folder and folder / "search",
         progress=progress,
     )
-    ran = _checked_work(groups, found.plan)
+    ran, flops = _checked_work(groups, found.plan, budget)
     small_apply = slim(apply, found.plan)
     small, tune_history = fit(
         small_apply,
@@ -168,7 +169,8 @@ def compress(
     )
     after = measure(problem.criteria, small_apply, small, held_out) if criteria else {}
     counts = np.array([kept for _, kept, _ in found.plan.counts])
-    costs = {name: make(groups) for name, make in COSTS.items()}
+    costs = {name: (c.total, c.exact(counts)) for name, c in ((n, make(groups)) for n, make in COSTS.items())}
+    costs["flops"] = costs["flops"][0], flops
     return Result(
         apply=small_apply,
         variables=small,
@@ -177,20 +179,24 @@ def compress(
         verdicts=tuple(
             Verdict(str(c), before[c.name], after[c.name], c.keeps(after[c.name])) for c in problem.criteria
         ),
-        costs={name: (c.total, c.exact(counts)) for name, c in costs.items()},
+        costs=costs,
         history={"search": found.history, "fine-tune": tune_history},
     )
 
 
-def _checked_work(groups: Groups, plan: Plan) -> tuple[Uncut, ...]:
-    """What runs at full width; a warning where that is much."""
-    ran = uncut(groups, plan)
+def _checked_work(groups: Groups, plan: Plan, budget: Budget) -> tuple[tuple[Uncut, ...], int]:
+    """What runs at full width, and the FLOPs with it; a warning where that is much."""
+    ran, left = uncut(groups, plan), flops_left(groups, plan)
     share = sum(equation.flops for equation in ran) / max(work_in(groups), 1)
-    if share > 0.01:
+    over = ""
+    if budget.cost == "flops" and left > budget.limit(groups):
+        over = f" With it {left / flop_cost(groups).total:.0%} of the FLOPs are left, above the budget."
+    if share > 0.01 or over:
         _LOG.warning(
-            "%.0f %% of the FLOPs still run at full width, e.g. %s, because the small result would not be "
-            "exact. Result.uncut lists them; constrain(groups, whole=...) keeps the units that cause it.",
+            "%.0f %% of the work still runs at full width, e.g. %s, because the small result would not be "
+            "exact.%s Result.uncut lists it all; constrain(groups, whole=...) keeps the units that cause it.",
             100 * share,
             ran[0].where,
+            over,
         )
-    return ran
+    return ran, left

@@ -33,9 +33,9 @@ def constrain(
     """Groups under further demands; every search and selection keeps to them.
 
     Patterns are shell patterns (``*``, ``?``, ``[…]``) of group names; where none fits, of the component
-    that produces a group; where none fits, of the paths of leaves that its units span. Where several
-    demands of a call reach a group, the last wins. Called again, demands add up: floors rise, ceilings fall,
-    multiples become common ones.
+    that produces a group; where none fits, of the components that it reaches into; where none fits, of the
+    paths of leaves that its units span. Where several demands of a call reach a group, the last wins. Called
+    again, demands add up: floors rise, ceilings fall, multiples become common ones.
 
     Args:
       groups: what can leave.
@@ -145,6 +145,7 @@ def _matching(groups: Groups, pattern: str, what: str) -> list[int]:
     readings: tuple[Callable[[Group], Sequence[str]], ...] = (
         lambda group: (group.name,),
         lambda group: group.components[:1],
+        lambda group: group.components,
         lambda group: [path for path, _, _ in group.axes],
     )
     found: list[int] = []

@@ -217,20 +217,27 @@ class Groups:
 
     def __str__(self) -> str:
         """The groups and the fixed axes, as tables."""
+        allowed = zip(self.floors.tolist(), self.ceilings.tolist(), self.steps.tolist(), strict=True)
+        demands = [
+            () if self.limits is None else (_range(group, *them),)
+            for group, them in zip(self.groups, allowed, strict=True)
+        ]
         rows = [
             (
                 " + ".join(group.components),
                 group.name,
                 group.units,
+                *demand,
                 "boundary" if group.boundary else "coupling" if group.coupling else "intra",
                 group.parameters,
                 ", ".join(
                     f"{path}[{axis}]" + (f"×{times}" if times > 1 else "") for path, axis, times in group.axes
                 ),
             )
-            for group in self.groups
+            for group, demand in zip(self.groups, demands, strict=True)
         ]
-        header = ("component", "group", "units", "kind", "parameters/unit", "axes (× indices/unit)")
+        may = () if self.limits is None else ("may keep",)
+        header = ("component", "group", "units", *may, "kind", "parameters/unit", "axes (× indices/unit)")
         tables = [text_table(header, rows, self.summary)]
         if self.fixed:
             tables.append(text_table(*self.fixed_table()))
@@ -251,6 +258,13 @@ class Groups:
             for kind, axes in kinds.items()
         ]
         return ("axes that stay whole", "because", "first of them", "in full"), counted
+
+
+def _range(group: Group, least: int, most: int, step: int) -> str:
+    """The counts that may stay, in words."""
+    if least == most:
+        return f"all {most}" if most == group.units else f"{most}"
+    return f"{least} to {most}" + (f" by {step}" if step > 1 else "")
 
 
 def default_component(path: str) -> str:

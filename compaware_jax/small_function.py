@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,11 @@ from compaware_jax.plan import Plan
 from compaware_jax.propagate import analyse
 from compaware_jax.rules.families import take
 from compaware_jax.slimming import FullWidth, run_small
-from compaware_jax.trace import named_leaves, trace
-from compaware_jax.work import flops_of
+from compaware_jax.trace import Program, flatten, named_leaves, trace
+from compaware_jax.work import flops_of, work_of
 
 
-def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ()) -> Callable[..., Any]:
+def slim(apply: Any, plan: Any, *, released: Sequence[str] = ()) -> Callable[..., Any]:
     """The small function.
 
     ``slim(apply, plan)(shrink(variables, plan), *args)`` equals
@@ -41,9 +42,14 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
       A function of the small variables and the same further arguments as `apply`.
 
     Raises:
-      PlanError: (when called) the variables are not those of the plan; or the plan cuts what this
-        function needs whole, or separates what it ties.
+      PlanError: what is given is no function or no plan; or (when called) the variables are not those of the
+        plan, or the plan cuts what this function needs whole, or separates what it ties.
     """
+    if not callable(apply) or not isinstance(plan, Plan):
+        raise PlanError(
+            f"slim: got ({type(apply).__name__}, {type(plan).__name__}), expected a function and a Plan: "
+            "slim(apply, plan)."
+        )
     analyses: dict[Any, tuple[Analysis, np.ndarray]] = {}
 
     def small_apply(small_variables: Any, *args: Any, **kwargs: Any) -> Any:
@@ -130,8 +136,38 @@ def uncut(groups: Groups, plan: Plan) -> tuple[Uncut, ...]:
             f"uncut: the plan is for the model {plan.fingerprint}, the groups are of {groups.fingerprint}. "
             "Pass the groups that the plan was made from."
         )
-    program = groups.analysis.program
-    alive = _alive(groups.analysis, plan)
+    _, record = _traced(groups, plan)
+    again = [eqn for eqn in record.again if eqn not in record.uncut]
+    return tuple(
+        [Uncut(eqn.where, flops_of(eqn), False) for eqn in record.uncut]
+        + [Uncut(eqn.where, flops_of(eqn), True) for eqn in again]
+    )
+
+
+def flops_left(groups: Groups, plan: Plan) -> int:
+    """FLOPs of one call of the small function, counted as `cost.flop_cost` counts them, but on its own trace.
+
+    What runs at full width is in it, so it may be more than the cost of the plan's counts.
+
+    Args:
+      groups: what could leave, at the input shapes for which they were found.
+      plan: what is kept of it.
+    """
+    program, _ = _traced(groups, plan)
+    return sum(
+        2 * work.times * math.prod(program.avals[value].shape[axis] for (value, axis), *_ in work.dimensions)
+        for work in work_of(program)
+    )
+
+
+def work_in(groups: Groups) -> int:
+    """FLOPs of one call of the full function, counted as `Uncut` counts them."""
+    return sum(flops_of(eqn) for eqn in groups.analysis.program.block.equations)
+
+
+def _traced(groups: Groups, plan: Plan) -> tuple[Program, FullWidth]:
+    """The small function as a program, and what of it runs at full width."""
+    program, alive = groups.analysis.program, _alive(groups.analysis, plan)
     leaves = [
         jax.ShapeDtypeStruct(plan.small_shape(i), program.avals[value].dtype)
         for i, value in enumerate(program.leaf_values)
@@ -143,17 +179,8 @@ def uncut(groups: Groups, plan: Plan) -> tuple[Uncut, ...]:
         outputs, record = _run(groups.analysis, alive, plan, list(inputs))
         return outputs
 
-    jax.eval_shape(run, *leaves, *(program.avals[value] for value in program.argument_values))
-    again = [eqn for eqn in record.again if eqn not in record.uncut]
-    return tuple(
-        [Uncut(eqn.where, flops_of(eqn), False) for eqn in record.uncut]
-        + [Uncut(eqn.where, flops_of(eqn), True) for eqn in again]
-    )
-
-
-def work_in(groups: Groups) -> int:
-    """FLOPs of one call of the full function, counted as `Uncut` counts them."""
-    return sum(flops_of(eqn) for eqn in groups.analysis.program.block.equations)
+    closed = jax.make_jaxpr(run)(*leaves, *(program.avals[value] for value in program.argument_values))
+    return flatten(closed, leaves=()), record
 
 
 def check_small(small_variables: Any, plan: Plan, caller: str) -> None:

@@ -23,7 +23,8 @@ def shrink(tree: Any, plan: Plan) -> Any:
       tree: the variables, or any pytree that holds trees like them (an optimizer state with its moments,
         EMA copies, a checkpoint of all of these) or like one of their Flax collections (moments
         over ``variables["params"]``), also with parts left out by `optax.masked`; other leaves are passed
-        through.
+        through. Its arrays may be abstract (`jax.ShapeDtypeStruct`), e.g. to restore a checkpoint of the
+        small model.
       plan: what is kept.
 
     Returns:
@@ -78,6 +79,9 @@ def cut_axes(array: Any, kept: Sequence[Sequence[int] | None]) -> Any:
 def _taken(array: Any, kept: Sequence[Sequence[int] | None]) -> Any:
     if all(index is None for index in kept):
         return array
+    if isinstance(array, jax.ShapeDtypeStruct):
+        shape = [size if index is None else len(index) for size, index in zip(array.shape, kept, strict=True)]
+        return jax.ShapeDtypeStruct(shape, array.dtype)
     # On the host, numpy spares a compilation per shape.
     small = np.asarray(array) if on_host(array) else array
     for axis, index in enumerate(kept):
@@ -106,6 +110,9 @@ def _put_back(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> li
 
     full = []
     for array, leaf in zip(arrays, positions, strict=True):
+        if isinstance(array, jax.ShapeDtypeStruct):
+            full.append(jax.ShapeDtypeStruct(plan.leaves[leaf].shape, array.dtype))
+            continue
         # On the host, numpy spares a compilation per shape.
         small = np.asarray(array) if on_host(array) else array
         full.append(scatter(small, kept(leaf), plan.leaves[leaf].shape))

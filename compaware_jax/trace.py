@@ -83,9 +83,8 @@ class Equation:
         """Primitive, module path and source line, for messages."""
         # The line's folder says nothing to a reader and differs from machine to machine.
         line = os.path.basename(summarize(self.source.source_info))
-        return (
-            f"`{self.primitive}` in {self.scope} ({line})" if self.scope else (f"`{self.primitive}` ({line})")
-        )
+        scope, line = self.scope and f" in {self.scope}", line and f" ({line})"
+        return f"`{self.primitive}`{scope}{line}"
 
     def run(self, *operands: Any) -> list[jax.Array]:
         """Run the traced equation unchanged, on operands of the traced shapes."""

@@ -294,7 +294,41 @@ def test_work_at_full_width_is_said(caplog):
         progress=False,
     )
     assert "reduce_max" in "".join(equation.where for equation in result.uncut)
-    assert "FLOPs still run at full width" in caplog.text
+    assert "of the work still runs at full width" in caplog.text
+
+
+def test_flops_that_run_at_full_width_are_counted(caplog):
+    """A product with a derivative rule of its own runs whole, and no budget hides that."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (8, 16), "b": (16, 8)}
+    variables = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(
+        lambda x, w: (x @ w, (x, w)), lambda held, g: (jnp.clip(g @ held[1].T, -1, 1), held[0].T @ g)
+    )
+
+    def apply(v, x):
+        return product(jnp.tanh(x @ v["a"]), v["b"])
+
+    x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    result = ca.compress(
+        apply,
+        variables,
+        lambda f, v, batch: jnp.mean(f(v, batch) ** 2),
+        lambda step: x,
+        groups=ca.find_groups(apply, variables, x),
+        budget=ca.flops(0.5),
+        search=ca.GradientSearch(steps=5),
+        fine_tune=2,
+        progress=False,
+    )
+    assert result.plan.counts == (("a", 8, 16),)
+    assert result.costs["flops"] == (2 * 4 * 2 * 8 * 16, 2 * 4 * 8 * (8 + 16))
+    assert "With it 75% of the FLOPs are left, above the budget." in caplog.text
 
 
 def test_checkpoints_are_of_the_same_demands(trained, tmp_path):

@@ -69,6 +69,23 @@ def test_what_is_no_amount_is_refused(groups, amount):
         ca.constrain(groups, floor={"encoder": amount})
 
 
+def test_demands_are_shown(groups):
+    assert "may keep" not in str(groups)
+    text = str(
+        ca.constrain(groups, multiple_of=8, floor={"encoder": 9}, whole="decoder", ceiling={"middle": 8})
+    )
+    lines = {name: next(x for x in text.splitlines() if f"   {name}  " in x) for name in SIZES}
+    assert "16 to 64 by 8" in lines["encoder"]
+    assert " 8 " in lines["middle"]
+    assert "all 30" in lines["decoder"]
+
+
+def test_a_component_that_produces_nothing_stands_for_what_reaches_it(groups):
+    assert groups.components == (*SIZES, "head")
+    np.testing.assert_array_equal(ca.constrain(groups, whole="head").floors, [1, 1, 30])
+    np.testing.assert_array_equal(ca.constrain(groups, whole="middle").floors, [1, 48, 1])
+
+
 def test_multiples_count_indices_not_units():
     """A unit that holds four indices of an axis reaches a multiple of eight with two."""
 

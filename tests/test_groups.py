@@ -10,7 +10,7 @@ import pytest
 from jax.extend.core import Primitive
 
 import compaware_jax as ca
-from compaware_jax.errors import TraceError, UnknownPrimitiveError
+from compaware_jax.errors import RequestError, TraceError, UnknownPrimitiveError
 from compaware_jax.law import law_errors, random_keep
 from compaware_jax.models import autoencoder
 from tests.models import MODELS
@@ -88,6 +88,12 @@ def test_unknown_primitive_is_kept_whole_and_named():
     assert "register_rule" in str(groups)
     with pytest.raises(UnknownPrimitiveError, match=r"no rule for `twisted`.*register_rule"):
         ca.find_groups(apply, variables, np.ones((2, 3)), strict=True)
+
+
+def test_rules_are_for_primitives():
+    for wrong in ("sin", jnp.sin):
+        with pytest.raises(RequestError, match=r"register_rule: got .*expected a primitive and a function"):
+            ca.register_rule(wrong, lambda ledger, eqn, inputs: inputs)
 
 
 def test_inexact_groups_are_left_alone_unless_released():

@@ -9,7 +9,11 @@ import optax
 import pytest
 
 import compaware_jax as ca
+from compaware_jax import models
+from compaware_jax.cost import flop_cost
 from compaware_jax.errors import PlanError
+from compaware_jax.law import random_keep
+from compaware_jax.small_function import flops_left
 from tests.models import MODELS
 
 
@@ -28,6 +32,21 @@ def test_expand_undoes_shrink_up_to_the_mask(cut):
     back = ca.expand(ca.shrink(variables, plan), plan)
     for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(back), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_abstract_trees(cut):
+    """The shapes of the small model, e.g. to restore its checkpoint, without its arrays."""
+    _, variables, _, _, _, plan = cut
+    full = jax.eval_shape(lambda: variables)
+    small = ca.shrink(full, plan)
+    assert small == jax.eval_shape(lambda: ca.shrink(variables, plan))
+    assert ca.expand(small, plan) == full
+
+
+def test_slim_with_its_arguments_swapped(cut):
+    apply, _, _, _, _, plan = cut
+    with pytest.raises(PlanError, match=r"slim: got \(Plan, function\), expected a function and a Plan"):
+        ca.slim(plan, apply)
 
 
 def test_mask_is_like_the_variables(cut):
@@ -177,3 +196,16 @@ def test_thousands_of_equations_in_a_row_may_run_un_cut():
     ran = ca.uncut(groups, ca.plan_units(groups, np.arange(6) < 3))
     assert len(ran) == 1201
     assert [u.again for u in ran].count(False) == 1
+
+
+@pytest.mark.parametrize("preset", ["dense", "conv"])
+def test_flops_that_are_left(preset):
+    """The small function's own trace has the FLOPs that the cost of its counts says."""
+    model = models.autoencoder(preset)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    groups = ca.find_groups(model.apply, variables, jnp.zeros((1, 28, 28, 1)), released=("latent",))
+    plan = ca.plan_units(groups, random_keep(groups, np.random.default_rng(0)))
+    cost = flop_cost(groups)
+    left = flops_left(groups, plan)
+    assert left == cost.exact(np.array([kept for _, kept, _ in plan.counts]))
+    assert 0 < left < cost.total

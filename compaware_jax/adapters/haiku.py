@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ except ImportError as error:
 
 from compaware_jax.adapters.rebuilt import check_rebuilt
 from compaware_jax.errors import TraceError
+
+_LOG = logging.getLogger(__name__)
 
 __all__ = ["check_rebuilt", "functional", "params_and_state"]
 
@@ -72,6 +75,11 @@ def functional(
                 "functional(transformed, params, state) with both results of transformed.init."
             )
         with_state = transformed.apply
+        if updates and any(not np.any(x) for x in jax.tree.leaves(state) if _is_counter(x)):
+            _LOG.warning(
+                "haiku.functional: a counter of the state is at zero, and counters are closed over: averages "
+                "that are corrected by it would stay at their first step. Pass the state of a trained model."
+            )
 
         def apply_with_state(variables: Any, *args: Any, **kwargs: Any) -> Any:
             still = jax.lax.stop_gradient(variables["state"])
@@ -120,5 +128,9 @@ def params_and_state(variables: Any, state: Any) -> tuple[Any, Any]:
     return variables["params"], full
 
 
+def _is_counter(leaf: Any) -> bool:
+    return not jnp.issubdtype(jax.dtypes.result_type(leaf), np.inexact)
+
+
 def _floating(state: Any) -> Any:
-    return jax.tree.map(lambda x: x if jnp.issubdtype(jax.dtypes.result_type(x), np.inexact) else None, state)
+    return jax.tree.map(lambda x: None if _is_counter(x) else x, state)

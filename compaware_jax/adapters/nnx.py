@@ -22,18 +22,25 @@ from compaware_jax.surgery import shrink
 from compaware_jax.trace import named_leaves
 
 
-def functional(model: Any, **static_kwargs: Any) -> tuple[Callable[..., Any], dict[Any, Any]]:
+def functional(
+    model: Any, *, updates: bool = False, **static_kwargs: Any
+) -> tuple[Callable[..., Any], dict[Any, Any]]:
     """A module as a pure function of its variables.
 
     Args:
       model: the module, in the mode (`train()`, `eval()`) that is meant; it is not changed.
+      updates: whether the function returns (output, new values of all variables but Params) instead of the
+        output. Find the groups on this function in training mode, with ``state_outputs={"1": ""}``, and let
+        the loss return the second part as its updates.
       **static_kwargs: keyword arguments of the call that are not arrays.
 
     Returns:
-      The function ``apply(variables, *args)``, which gives what ``model(*args)`` gives and forgets updates
-      of the state, and the variables: a nested dict of the floating-point arrays of all variables (Param,
-      BatchStat, ...). Counters and the state of random number generators are closed over. Only Params have
-      a gradient, so that `compress` leaves batch statistics as they are.
+      The function ``apply(variables, *args, reseed=None)``, which gives what ``model(*args)`` gives, and the
+      variables: a nested dict of the floating-point arrays of all variables (Param, BatchStat, ...).
+      Counters and the state of random number generators are closed over: a module that draws, such as
+      Dropout in training mode, draws the same numbers at every call, unless it is given a random key as
+      `reseed`, e.g. from the batch. Only Params have a gradient, so that `compress` leaves batch statistics
+      as they are.
 
     Raises:
       TraceError: the model is no NNX module.
@@ -54,11 +61,18 @@ def functional(model: Any, **static_kwargs: Any) -> tuple[Callable[..., Any], di
     graphdef, variables, held = _split(model, "functional")
     params = set(nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
 
-    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(variables: Any, *args: Any, reseed: Any = None, **kwargs: Any) -> Any:
         flat = nnx.traversals.flatten_mapping(variables).items()
         still = {path: x if path in params else jax.lax.stop_gradient(x) for path, x in flat}
         called = nnx.merge(graphdef, nnx.traversals.unflatten_mapping(still), held)
-        return called(*args, **static_kwargs, **kwargs)
+        if reseed is not None:
+            _reseed(called, reseed)
+        output = called(*args, **static_kwargs, **kwargs)
+        if not updates:
+            return output
+        _, new, _ = _split(called, "functional")
+        changed = {p: x for p, x in nnx.traversals.flatten_mapping(new).items() if p not in params}
+        return output, nnx.traversals.unflatten_mapping(changed)
 
     return apply, variables
 
@@ -154,6 +168,15 @@ def _split(model: Any, caller: str) -> tuple[Any, dict[Any, Any], dict[Any, Any]
         )
     graphdef, held, rest = nnx.split(model, _is_held, ...)
     return graphdef, nnx.to_pure_dict(rest), nnx.to_pure_dict(held)
+
+
+def _reseed(model: Any, key: jax.Array) -> None:
+    """Let every stream of random numbers of a module start anew from a key."""
+    streams = jax.tree.leaves(nnx.state(model, nnx.RngKey), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    for number, stream in enumerate(streams):
+        old, new = stream.get_value(), jax.random.fold_in(key, number)
+        typed = jnp.issubdtype(old.dtype, jax.dtypes.prng_key)
+        stream.set_value(new if typed else jax.random.key_data(new))
 
 
 def _is_held(path: Any, variable: Any) -> bool:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 from jax.extend.core import Primitive
 
+from compaware_jax.errors import RequestError
 from compaware_jax.factors import Ledger, Tracked
 from compaware_jax.trace import Block, Equation
 
@@ -74,7 +76,7 @@ RULES: dict[Primitive, Rule] = {}
 
 
 def register_rule(
-    primitive: Primitive,
+    primitive: Any,
     couple: Couple,
     slim: Slim | None = None,
     work: Work | None = None,
@@ -88,6 +90,9 @@ def register_rule(
       slim: its slimming; None runs it at full width, which is always exact.
       work: its multiply-add count as a product of axis sizes.
       loose: the ends of its operands that may leave apart from it.
+
+    Raises:
+      RequestError: the primitive is given by its name, say; or the coupling is no function.
 
     Example:
       A primitive that swaps neighbours along its last axis. Coupling does to the atoms what it does to
@@ -113,6 +118,11 @@ def register_rule(
       >>> dict(zip(("a", "b"), plan.kept))
       {'a': (None, (1, 2, 3)), 'b': ((0, 2, 3), None)}
     """
+    if not isinstance(primitive, Primitive) or not callable(couple):
+        raise RequestError(
+            f"register_rule: got ({primitive!r}, {couple!r}), expected a primitive and a function. Those of "
+            "JAX are attributes of jax.extend.core.primitives, e.g. primitives.sin_p."
+        )
     RULES[primitive] = Rule(couple, slim, work, loose)
 
 

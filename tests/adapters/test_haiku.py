@@ -64,6 +64,19 @@ def test_params_and_state_go_on_in_a_rebuilt_net(x64, normalise):
     assert distance(rebuilt_state, adapter.params_and_state({**small, "state": new_state}, state)[1]) < 0.1
 
 
+def test_counters_of_an_untrained_state_are_warned_of(caplog):
+    net, x = build(), images(2, 4, 4, 2)
+    params, state = net.init(jax.random.key(0), x, True)
+    adapter.functional(net, params, state, is_training=False)
+    assert not caplog.text
+    adapter.functional(net, params, state, updates=True, is_training=True)
+    assert "a counter of the state is at zero" in caplog.text
+    caplog.clear()
+    _, trained = net.apply(params, state, None, x, True)
+    adapter.functional(net, params, trained, updates=True, is_training=True)
+    assert not caplog.text
+
+
 def test_refusals():
     with pytest.raises(TraceError, match=r"without its state\. Pass functional\(transformed, params, state"):
         adapter.functional(build(), {})

@@ -190,6 +190,53 @@ def test_only_parameters_have_a_gradient(x64):
     assert without_gradient(apply, variables, images(4, 3)) == {"layers/1/mean", "layers/1/var"}
 
 
+class Trained(nnx.Module):
+    """A network whose training mode normalises by the batch and drops out."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(3, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, momentum=0.5, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(16, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+
+def test_training_mode_through_compress():
+    """Statistics follow the model that gets smaller, and every step drops others."""
+    model, x = Trained(nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (64, 3)) + 2.0
+    apply, variables = adapter.functional(model, updates=True)
+    key = jax.random.key(2)
+    first, again, other = (apply(variables, x, reseed=k)[0] for k in (key, key, jax.random.key(3)))
+    np.testing.assert_array_equal(first, again)
+    assert distance(first, other) > 0.1
+
+    def loss(f, v, batch):
+        output, updates = f(v, batch["x"], reseed=batch["key"])
+        return jnp.mean((output - batch["x"][:, :2]) ** 2), updates
+
+    result = ca.compress(
+        apply,
+        variables,
+        loss,
+        lambda step: {"x": x, "key": jax.random.fold_in(key, step)},
+        groups=ca.find_groups(apply, variables, x, reseed=key, state_outputs={"1": ""}),
+        budget=ca.params(0.5),
+        search=ca.GradientSearch(steps=20),
+        fine_tune=20,
+        learning_rate=1e-5,
+        progress=False,
+    )
+    small = adapter.slimmed(model, result.plan, result.variables)
+    width = result.plan.counts[0][1]
+    assert small.model.norm.mean.shape == (width,) < (16,)
+    seen = x @ small.model.first.kernel + small.model.first.bias
+    np.testing.assert_allclose(small.model.norm.mean.get_value(), seen.mean(0), atol=0.01)
+    small.eval()
+    assert small(x).shape == (64, 2)
+
+
 def test_models_of_the_wrong_type():
     with pytest.raises(TraceError, match=r"nnx\.functional: got a Dense, expected an instance of flax\.nnx"):
         adapter.functional(linen.Dense(2))
