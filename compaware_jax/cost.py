@@ -186,15 +186,15 @@ class Budget:
         """The largest cost that the budget allows.
 
         Raises:
-          BudgetError: even one unit per group costs more.
+          BudgetError: even the fewest units that may stay cost more.
         """
         cost = COSTS[self.cost](groups)
         limit = int(np.floor(self.fraction * cost.total + 1e-9))
         if cost.floor > limit:
             raise BudgetError(
                 f"Budget: {self.fraction:.4%} of {cost.total} {cost.name} is {limit}, below the smallest "
-                f"reachable {cost.floor} ({cost.floor / cost.total:.4%}: one unit per group beside the "
-                "axes that stay whole). Ask for at least that."
+                f"reachable {cost.floor} ({cost.floor / cost.total:.4%}: the fewest units that may stay of "
+                "each group, beside the axes that stay whole). Ask for at least that, or demand less."
             )
         return limit
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def run_steps(
       directory: where checkpoints go; None for none.
       job: what identifies the run (JSON values); a checkpoint of another job is refused.
       every: chunks between checkpoints.
-      between: functions of the state, run on the host before the step of that number (a multiple of
-        `chunk`), or after the last one if there is no such step; they must not change shapes or dtypes.
+      between: functions of the state, run on the host before the step of that number, or after the last one
+        if there is no such step; they must not change shapes or dtypes. A chunk ends before each.
       progress: show a progress bar.
 
     Returns:
@@ -57,31 +58,30 @@ def run_steps(
     Raises:
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
     """
-    chunks = -(-steps // chunk)
-
-    if any(start % chunk for start in between or ()):
-        raise ValueError(
-            f"run_steps: between has steps {sorted(between or ())}, expected multiples of chunk={chunk}."
-        )
+    between = between or {}
+    edges = _edges(steps, chunk, between)
+    chunks = len(edges) - 1
     compiled = jax.jit(_chunk_runner(step), static_argnames="length")
     shapes = jax.eval_shape(lambda s: step(s, jnp.zeros((), jnp.int32))[1], state)
     history = {name: np.full((chunks, *info.shape), np.nan, np.float64) for name, info in shapes.items()}
     store = (
         None
         if directory is None
-        else _Store(Path(directory), {"steps": steps, "chunk": chunk, **(job or {})})
+        else _Store(
+            Path(directory), {"steps": steps, "chunk": chunk, "between": sorted(between), **(job or {})}
+        )
     )
     done = 0
     try:
         if store is not None:
             done, state, history = store.restore(state, history)
-        with tqdm(total=steps, initial=min(done * chunk, steps), desc=label, disable=not progress) as bar:
+        with tqdm(total=steps, initial=edges[done], desc=label, disable=not progress) as bar:
             try:
+                bar.set_postfix_str("compiling" if done < chunks else "")
                 while done < chunks:
-                    start = done * chunk
-                    if between and start in between:
+                    start, length = edges[done], edges[done + 1] - edges[done]
+                    if start in between:
                         state = between[start](state)
-                    length = min(chunk, steps - start)
                     new, info = compiled(state, jnp.int32(start), length=length)
                     # Wait here: until the chunk is finished, an interruption must find the old state.
                     for name, value in jax.device_get(info).items():
@@ -95,12 +95,20 @@ def run_steps(
                 if store is not None and done:
                     store.save(done, state, history)
                 raise
-        if between and steps in between:
+        if steps in between:
             state = between[steps](state)
     finally:
         if store is not None:
             store.close()
     return state, history
+
+
+def _edges(steps: int, chunk: int, between: Iterable[int]) -> list[int]:
+    """Where chunks begin, and where the last one ends."""
+    edges: list[int] = []
+    for start, stop in itertools.pairwise(sorted({0, steps, *between})):
+        edges += range(start, stop, chunk)
+    return [*edges, steps]
 
 
 def _chunk_runner(step: Step) -> Callable[..., tuple[Any, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -191,7 +190,7 @@ def sweep(
         _Lanes(searches, tune, gates, offset),
         total,
         label=f"sweep of {len(lanes)} lanes",
-        chunk=math.gcd(50, math.gcd(found.steps, fine_tune)),
+        chunk=50,
         between={found.steps: harden},
         directory=directory,
         job={

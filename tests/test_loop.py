@@ -47,7 +47,7 @@ def test_goes_on_where_it_was(tmp_path):
         raise _StoppedError
 
     with pytest.raises(_StoppedError):
-        run(40, chunk=5, directory=tmp_path, every=2, between={25: stop})
+        run(40, chunk=5, directory=tmp_path, every=2, between={15: lambda s: s, 25: stop})
     calls = []
     state, history = run(
         40, chunk=5, directory=tmp_path, every=2, between={15: calls.append, 25: lambda s: s}
@@ -95,7 +95,7 @@ def test_interrupted_while_a_chunk_runs(tmp_path, monkeypatch):
 
 
 def test_finished_run_returns_at_once(tmp_path):
-    first, _ = run(20, chunk=5, directory=tmp_path)
+    first, _ = run(20, chunk=5, directory=tmp_path, between={0: lambda s: s})
     seen = []
     again, _ = run(20, chunk=5, directory=tmp_path, between={0: seen.append})
     assert seen == []
@@ -113,6 +113,21 @@ def test_other_job_and_other_shapes_are_refused(tmp_path):
         )  # fmt: skip
 
 
-def test_hooks_belong_between_chunks():
-    with pytest.raises(ValueError, match="multiples of chunk=10"):
-        run(40, chunk=10, between={5: lambda s: s})
+def test_a_chunk_ends_before_what_happens_between(tmp_path):
+    """Whatever the numbers of steps are: the chunks stay long."""
+    seen = []
+
+    def look(state):
+        seen.append(float(state["x"]))
+        return state
+
+    state, history = run(25, chunk=10, between={13: look, 25: look})
+    assert seen == [pytest.approx(plain(13), rel=1e-5), pytest.approx(plain(25), rel=1e-5)]
+    assert float(state["x"]) == seen[-1]
+    np.testing.assert_allclose(history["index"], [4.5, 11.0, 17.5, 23.5])
+
+
+def test_resumed_with_other_breaks_is_another_job(tmp_path):
+    run(25, chunk=10, directory=tmp_path, between={13: lambda s: s})
+    with pytest.raises(CheckpointError, match=r"differ in .*'between': \(\[13\], \[12\]\)"):
+        run(25, chunk=10, directory=tmp_path, between={12: lambda s: s})

@@ -40,6 +40,18 @@ def test_first_example(monkeypatch):
     assert image.shape == made["image"].shape
 
 
+def test_recipes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (example,) = (block for block in BLOCKS if "pure_callback" in block)
+    assert example.count("500") == 3
+    monkeypatch.setattr(search, "GradientSearch", partial(ca.GradientSearch, steps=50))
+    made = {}
+    exec(compile(example.replace("500", "100"), "README, recipes", "exec"), made)
+    assert made["result"].kept
+    assert made["shapes"] == jax.eval_shape(lambda: made["small"])
+    assert made["small_apply"](made["small"], made["rows"]).shape == (1_000, 8)
+
+
 def test_batch_statistics():
     class Model(nn.Module):
         @nn.compact
