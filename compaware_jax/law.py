@@ -12,7 +12,7 @@ import numpy as np
 from compaware_jax.groups import Groups
 from compaware_jax.masks import apply_mask
 from compaware_jax.plan import plan_units
-from compaware_jax.small_function import slim
+from compaware_jax.small_function import cut_outputs, slim
 from compaware_jax.surgery import shrink
 
 
@@ -68,7 +68,7 @@ def law_errors(
         outputs = f(tree, *args)
         terms = [
             jnp.sum(y * jax.random.normal(jax.random.fold_in(jax.random.key(7), i), y.shape, float))
-            for i, y in enumerate(jax.tree.leaves(outputs))
+            for i, y in enumerate(map(jnp.asarray, jax.tree.leaves(outputs)))
             if jnp.issubdtype(y.dtype, jnp.floating)
         ]
         return sum(terms, jnp.zeros(())), outputs
@@ -86,15 +86,23 @@ def law_errors(
         return run
 
     full = jax.jit(evaluate(apply), **options)
+    cuts_outputs = bool(groups.released or groups.states)
     errors = []
     for units in np.atleast_2d(keep):
         plan = plan_units(groups, units)
+        reference = apply
+        if cuts_outputs:
+
+            def reference(tree: Any, *inputs: Any, plan: Any = plan) -> Any:
+                return cut_outputs(groups, plan, apply(tree, *inputs))
+
+            full = jax.jit(evaluate(reference), **options)
         masked = apply_mask(groups, jnp.asarray(units, float), variables)
         (_, expected), expected_grad = full(masked)
         if not all(np.isfinite(x).all() for x in jax.tree.leaves(expected_grad)):
             # Compiled, the derivative of a minimum can be 0/0 (XLA computes the compared values twice, in
             # different roundings, and finds no minimum); op by op it cannot.
-            (_, expected), expected_grad = evaluate(apply)(masked)
+            (_, expected), expected_grad = evaluate(reference)(masked)
         small = jax.jit(evaluate(slimmer(apply, plan)), **options)
         (_, got), got_grad = small(shrink(variables, plan))
         expected_grad = shrink(jax.device_get(expected_grad), plan)
@@ -116,9 +124,18 @@ def distance(got: Any, expected: Any) -> float:
     Returns:
       The relative distance.
     """
-    flat_got = np.concatenate([np.ravel(x) for x in jax.tree.leaves(got)])
-    flat_expected = np.concatenate([np.ravel(x) for x in jax.tree.leaves(expected)])
+    flat_got, flat_expected = (
+        np.concatenate([np.ravel(_number(x)) for x in jax.tree.leaves(tree)]) for tree in (got, expected)
+    )
     assert flat_got.shape == flat_expected.shape
     assert np.isfinite(flat_expected).all()
     scale = np.linalg.norm(flat_expected)
     return float(np.linalg.norm(flat_got - flat_expected) / max(scale, 1e-5))
+
+
+def _number(array: Any) -> np.ndarray:
+    """Truth values and random keys as numbers."""
+    array = jnp.asarray(array)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    return np.asarray(array, float) if array.dtype == bool else np.asarray(array)

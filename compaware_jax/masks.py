@@ -46,11 +46,13 @@ def apply_mask(groups: Groups, gates: Num[ArrayLike, " units"], variables: Any) 
     Returns:
       A pytree like `variables`, of the same shapes and dtypes.
     """
-    return jax.tree.map(
-        lambda leaf, factor: (leaf * factor).astype(leaf.dtype),
-        variables,
-        mask(groups, gates, variables),
-    )
+
+    def masked(leaf: Any, factor: Array) -> Any:
+        # A random key is no number, and none of its axes leaves.
+        extended = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        return leaf if extended else (leaf * factor).astype(leaf.dtype)
+
+    return jax.tree.map(masked, variables, mask(groups, gates, variables))
 
 
 def _outer(axes: tuple[np.ndarray, ...], gates: Array) -> Array:

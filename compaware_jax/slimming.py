@@ -223,7 +223,11 @@ def _is_empty(kept: Kept) -> bool:
 
 
 def _jvp_of_zeros(call: Callable[..., Any], *arrays: jax.Array) -> Any:
-    return jax.jvp(call, arrays, tuple(jnp.zeros_like(array) for array in arrays))
+    def zero(array: jax.Array) -> Any:
+        inexact = jnp.issubdtype(array.dtype, jnp.inexact)
+        return jnp.zeros_like(array) if inexact else np.zeros(array.shape, jax.dtypes.float0)
+
+    return jax.jvp(call, arrays, tuple(map(zero, arrays)))
 
 
 @dataclass(frozen=True, eq=False)

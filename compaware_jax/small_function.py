@@ -16,6 +16,7 @@ from compaware_jax.errors import PlanError
 from compaware_jax.groups import Groups
 from compaware_jax.plan import Plan
 from compaware_jax.propagate import analyse
+from compaware_jax.rules import Kept
 from compaware_jax.rules.families import take
 from compaware_jax.slimming import FullWidth, run_small
 from compaware_jax.trace import Program, flatten, named_leaves, trace
@@ -181,6 +182,24 @@ def _traced(groups: Groups, plan: Plan) -> tuple[Program, FullWidth]:
 
     closed = jax.make_jaxpr(run)(*leaves, *(program.avals[value] for value in program.argument_values))
     return flatten(closed, leaves=()), record
+
+
+def cut_outputs(groups: Groups, plan: Plan, outputs: Any) -> Any:
+    """The outputs of the full function, cut as those of the small one come out: state, and what was released.
+
+    Args:
+      groups: what could leave.
+      plan: what is kept of it.
+      outputs: pytree as the function returns it.
+    """
+    program, alive = groups.analysis.program, _alive(groups.analysis, plan)
+    leaves = jax.tree.leaves(outputs)
+    kept: list[Kept] = [groups.analysis.kept(value, alive) for value in program.block.outputs]
+    for position, leaf in program.states(plan.states):
+        kept[position] = groups.analysis.kept(program.leaf_values[leaf], alive)
+    return jax.tree.unflatten(
+        jax.tree.structure(outputs), [take(x, axes) for x, axes in zip(leaves, kept, strict=True)]
+    )
 
 
 def check_small(small_variables: Any, plan: Plan, caller: str) -> None:

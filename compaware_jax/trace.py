@@ -204,6 +204,13 @@ def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) 
         jax.tree.map_with_path(_abstract, variables),
         *(jax.tree.map_with_path(_input, part) for part in (args, kwargs)),
     )
+    names = tuple(name for name, _ in named_leaves(structs[0]))
+    if len(set(names)) < len(names):
+        twice = next(name for n, name in enumerate(names) if name in names[:n])
+        raise TraceError(
+            f"trace: two leaves of the variables have the path `{twice}`, expected its own for each. Rename "
+            "a key that contains a slash."
+        )
     leaves, tree = jax.tree.flatten(structs)
     output: dict[str, Any] = {}
 
@@ -228,7 +235,7 @@ def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) 
         ) from error
     return flatten(
         closed,
-        leaves=tuple(name for name, _ in named_leaves(structs[0])),
+        leaves=names,
         arguments=_argument_names(apply, structs[1], structs[2]),
         output_paths=output["paths"],
         output_tree=output["tree"],

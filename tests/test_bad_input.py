@@ -35,6 +35,11 @@ def test_python_number_among_the_variables():
         ca.find_groups(two_layers, variables(scale=2.0), X)
 
 
+def test_two_leaves_of_one_path():
+    with pytest.raises(TraceError, match=r"two leaves .* have the path `c/d`.*Rename a key"):
+        ca.find_groups(two_layers, variables(**{"c": {"d": np.ones(3)}, "c/d": np.ones(3)}), X)
+
+
 def test_shape_that_depends_on_data():
     def apply(v, x):
         return two_layers(v, x[x[:, 0] > 0])

@@ -58,26 +58,46 @@ def _couple_gather(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> 
         assert indices.known is not None
         factors.append(_follow(eqn, factor, indices.known, whole))
     from_indices = passed(ledger, indices, of_indices, f"an index of {eqn.where}")
+    filled = _is_filled(eqn, indices.known)
     factors = [
-        Factor(axes, ids, bool(mine) and theirs is not False)
+        Factor(axes, ids, bool(mine) and theirs is not False and not filled)
         for axes, ids, (mine, theirs) in combine(ledger, [tuple(factors), tuple(from_indices)])
     ]
     if not followed and any(set(f.axes) - set(passes) for f in x.factors):
         # What is taken from an axis that stays whole stays whole.
         covered = {a for f in factors for a in f.axes} | set(passes.values())
         factors += fixed_elsewhere(ledger, eqn.out_shapes[0], covered, f"looked up by index in {eqn.where}")
-    return [freed(ledger, eqn.out_shapes[0], factors, x.uniform, eqn.where)]
+    return [freed(ledger, eqn.out_shapes[0], factors, None if filled else x.uniform, eqn.where)]
+
+
+def _is_inside(eqn: Equation, known: np.ndarray | None) -> bool:
+    """Whether the positions are known, and all of them inside."""
+    if known is None or not known.size:
+        return False
+    starts = eqn.params["dimension_numbers"].start_index_map
+    limits = [eqn.in_shapes[0][a] - eqn.params["slice_sizes"][a] for a in starts]
+    return bool((known >= 0).all() and (known <= np.array(limits)).all())
+
+
+def _is_filled(eqn: Equation, known: np.ndarray | None) -> bool:
+    """Whether positions outside may put something into channels that are zero.
+
+    Computed positions are taken to be inside where what is filled in is no number, as is the default of
+    `jnp.take`: there, too, only a mistake reads outside, and it spoils the channels that stay as well.
+    """
+    value = eqn.params["fill_value"]
+    if eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP or value == 0 or _is_inside(eqn, known):
+        return False
+    floating = jnp.issubdtype(eqn.in_dtypes[0], jnp.inexact)
+    return known is not None or not (floating and (value is None or np.isnan(value)))
 
 
 def _is_followed(ledger: Ledger, eqn: Equation, factor: Factor, known: np.ndarray | None) -> bool:
     """Whether every position that a static look-up takes is inside, and few enough to follow."""
-    if known is None or ledger.all_fixed(factor.ids):
+    if not _is_inside(eqn, known) or ledger.all_fixed(factor.ids):
         return False
-    starts = eqn.params["dimension_numbers"].start_index_map
-    limits = [eqn.in_shapes[0][a] - eqn.params["slice_sizes"][a] for a in starts]
-    inside = known.size > 0 and (known >= 0).all() and (known <= np.array(limits)).all()
     sizes = [int(np.prod(shape)) for shape in (*eqn.in_shapes[:1], *eqn.out_shapes)]
-    return bool(inside) and max(sizes) <= _FOLLOWED_SIZE
+    return max(sizes) <= _FOLLOWED_SIZE
 
 
 def _follow(eqn: Equation, factor: Factor, known: np.ndarray, whole: dict[int, int]) -> Factor:
@@ -167,12 +187,14 @@ def _couple_scatter(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) ->
         ledger.fix(factor.ids, f"an index of {eqn.where}")
     into = passed(ledger, x, {a: a for a in passes.values()}, reason)
     written = passed(ledger, updates, passes, reason)
+    # `x.at[i].apply(f)` is a scatter with f in it, and f of zero may be anything.
+    applied = eqn.primitive is p.scatter_p and eqn.params["update_jaxpr"] is not None
     factors = []
     for axes, ids, (mine, theirs) in combine(ledger, [tuple(into), tuple(written)]):
         zero = (x.uniform == 0 if mine is None else mine) and (
             updates.uniform == 0 if theirs is None else theirs
         )
-        factors.append(Factor(axes, ids, zero))
+        factors.append(Factor(axes, ids, zero and not applied))
     factors += fixed_elsewhere(ledger, x.shape, passes.values(), reason)
     return [Tracked(x.shape, tuple(factors))]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 
@@ -31,20 +32,35 @@ def _trivial_axes(eqn: Equation) -> list[int]:
     ]
 
 
-def windowed(primitive: Primitive, *, zeros: bool) -> None:
+def _is_always_on_data(eqn: Equation) -> bool:
+    """Whether no position of the window is wholly in the padding, or in the holes of a dilated operand."""
+    params, rank = eqn.params, len(eqn.params["window_dimensions"])
+    base, dilation = params.get("base_dilation") or (1,) * rank, params.get("window_dilation") or (1,) * rank
+    for axis, (size, positions) in enumerate(zip(eqn.in_shapes[0], eqn.out_shapes[0], strict=True)):
+        starts = np.arange(positions) * params["window_strides"][axis] - params["padding"][axis][0]
+        taps = starts[:, None] + np.arange(params["window_dimensions"][axis]) * dilation[axis]
+        inside = (taps >= 0) & (taps < size * base[axis]) & (taps % base[axis] == 0)
+        if not inside.any(1).all():
+            return False
+    return True
+
+
+def windowed(primitive: Primitive, *, zeros: bool, padded: bool = True) -> None:
     """Register a primitive that slides a window over operands of one rank.
 
     Args:
       primitive: with the parameters of `lax.reduce_window`; operands of rank 0 are start values.
       zeros: whether a window of zeros gives zero.
+      padded: whether a window of padding alone does, too.
     """
 
     def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
         trivial = _trivial_axes(eqn)
         reason = f"a window runs over it in {eqn.where}"
         parts = [tuple(passed(ledger, x, {a: a for a in trivial}, reason)) for x in inputs if x.shape]
+        stays = zeros and (padded or _is_always_on_data(eqn))
         factors = [
-            Factor(axes, ids, zeros and all(bool(flag) for flag in flags))
+            Factor(axes, ids, stays and all(bool(flag) for flag in flags))
             for axes, ids, flags in combine(ledger, parts)
         ]
         outputs = []
@@ -61,8 +77,9 @@ def windowed(primitive: Primitive, *, zeros: bool) -> None:
     register_rule(primitive, couple, slim)
 
 
-for primitive in (p.reduce_window_sum_p, p.reduce_window_max_p, p.reduce_window_min_p):
-    windowed(primitive, zeros=True)
+windowed(p.reduce_window_sum_p, zeros=True)
+for primitive in (p.reduce_window_max_p, p.reduce_window_min_p):
+    windowed(primitive, zeros=True, padded=False)  # There the result is infinite.
 for primitive in (p.reduce_window_p, p.select_and_gather_add_p, p.select_and_scatter_add_p):
     windowed(primitive, zeros=False)
 

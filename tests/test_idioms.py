@@ -1,0 +1,130 @@
+"""The law on idioms of JAX that put something into channels whose weights are zero, or hold no numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import compaware_jax as ca
+from compaware_jax.law import law_errors
+
+pytestmark = pytest.mark.usefixtures("x64")
+RNG = np.random.default_rng(0)
+VARIABLES = {"a": RNG.normal(size=(3, 6)), "b": RNG.normal(size=(6, 2))}
+X = RNG.normal(size=(4, 3))
+KEEP = np.array([1, 0, 1, 1, 0, 1], bool)
+OUTSIDE = np.array([7, 1])
+
+
+def rows(h, index, **how):
+    return jnp.take(h, index, axis=0, **how)
+
+
+# What becomes of hidden channels h (4, 6) before they are summed and multiplied.
+HIDDEN = {
+    "filled with a number": lambda h: h.at[OUTSIDE].get(mode="fill", fill_value=1.0),
+    "filled along an axis": lambda h: jnp.take_along_axis(h, jnp.array([[7], [1]]), axis=0, fill_value=2.0),
+    "filled at a computed place": lambda h: rows(h, (h.sum() > -99) * 9, mode="fill", fill_value=1.0)[None],
+    "filled with no number": lambda h: jnp.nan_to_num(rows(h, OUTSIDE), nan=3.0),
+    "integers filled": lambda h: rows((9 * h).astype(int), OUTSIDE) % 5 + 0.0 * h[:2],
+    "filled with zero": lambda h: rows(h, OUTSIDE, mode="fill", fill_value=0.0),
+    "a function applied by index": lambda h: h + lax.stop_gradient(h).at[0].apply(jnp.exp),
+    "a window of padding": lambda h: jnp.maximum(
+        lax.reduce_window(h, -jnp.inf, lax.max, (1, 1), (1, 1), ((1, 0), (0, 0))), -5.0
+    ),
+    "a window in the holes": lambda h: jnp.minimum(
+        lax.reduce_window(h, jnp.inf, lax.min, (1, 1), (1, 1), "VALID", base_dilation=(2, 1)), 5.0
+    ),
+    "segments without members": lambda h: jnp.maximum(
+        jax.ops.segment_max(h, jnp.array([0, 0, 2, 2]), 4), -3.0
+    ),
+    "truth values": lambda h: jnp.where(h > 0.2, 1.0, 0.0) + h,
+}
+
+
+@pytest.mark.parametrize("idiom", HIDDEN)
+def test_law(idiom):
+    def apply(v, x):
+        h = HIDDEN[idiom](x @ v["a"])
+        return h @ v["b"], h.sum(-1), (h > 0.1).all(-1)
+
+    groups = ca.find_groups(apply, VARIABLES, X, strict=True)
+    assert groups.units == 6
+    assert max(law_errors(apply, VARIABLES, X, keep=KEEP, groups=groups)) <= 1e-10
+
+
+def test_channels_that_stay_zero_run_small():
+    """What is filled with zero, or, by default, with no number at computed places, costs no full width."""
+    for how in ({"mode": "fill", "fill_value": 0.0}, {}):
+
+        def apply(v, x, index, how=how):
+            h = rows(x @ v["a"], index, **how)
+            return (h - h.mean(-1, keepdims=True) * 6) @ v["b"]
+
+        groups = ca.find_groups(apply, VARIABLES, X, np.array([0, 3]))
+        plan = ca.plan_units(groups, KEEP)
+        assert [e.where for e in ca.uncut(groups, plan) if "reduce_sum" in e.where] == []
+
+
+def test_activation_of_integers():
+    """The accumulator of a quantised layer: its activation has a derivative rule and no derivative."""
+    variables = {
+        "a": RNG.integers(-9, 9, (3, 6)).astype(np.int8),
+        "scale": RNG.random(6),
+        "b": RNG.normal(size=(6, 2)),
+    }
+
+    def apply(v, x):
+        dims = (((1,), (0,)), ((), ()))
+        total = lax.dot_general(
+            jnp.round(9 * x).astype(jnp.int8), v["a"], dims, preferred_element_type=jnp.int32
+        )
+        return (jax.nn.relu(total) * v["scale"]) @ v["b"]
+
+    groups = ca.find_groups(apply, variables, X)
+    assert groups.units == 6
+    assert max(law_errors(apply, variables, X, keep=KEEP, groups=groups)) <= 1e-10
+
+
+def test_random_key_among_the_variables():
+    variables = {**VARIABLES, "key": jax.random.key(3)}
+
+    def apply(v, x):
+        h = x @ v["a"]
+        return jnp.where(jax.random.bernoulli(v["key"], 0.5, h.shape), h, 0.0) @ v["b"]
+
+    groups = ca.find_groups(apply, variables, X)
+    plan = ca.plan_units(groups, KEEP)
+    masked = ca.apply_mask(groups, KEEP.astype(float), variables)
+    got = ca.slim(apply, plan)(ca.shrink(variables, plan), X)
+    np.testing.assert_allclose(got, apply(masked, X), rtol=1e-12)
+
+
+def test_cache_that_comes_out_cut():
+    """The law of a decoding step, whose keys and values are state at a position of their own."""
+    shapes = {"in": (3, 6), "q": (6, 8), "k": (6, 8), "v": (6, 8), "o": (8, 6), "out": (6, 2)}
+    variables = {
+        "params": {name: RNG.normal(size=shape) for name, shape in shapes.items()},
+        "cache": {name: RNG.normal(size=(2, 5, 4, 2)) for name in "kv"},
+    }
+
+    def apply(v, x, position):
+        p = v["params"]
+        h = x @ p["in"]
+        q, k, u = ((h @ p[name]).reshape(2, 1, 4, 2) for name in "qkv")
+        cache = {
+            name: lax.dynamic_update_slice(v["cache"][name], new, (0, position, 0, 0))
+            for name, new in (("k", k), ("v", u))
+        }
+        scores = jnp.einsum("bthd,bshd->bhts", q, cache["k"])
+        scores = jnp.where(jnp.arange(5) <= position, scores, -1e9)
+        mixed = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), cache["v"]).reshape(2, 1, 8)
+        return (h + mixed @ p["o"]) @ p["out"], cache
+
+    args = RNG.normal(size=(2, 1, 3)), jnp.array(2)
+    groups = ca.find_groups(apply, variables, *args, state_outputs={"1": "cache"})
+    keep = np.arange(groups.units) % 3 != 1
+    assert max(law_errors(apply, variables, *args, keep=keep, groups=groups)) <= 1e-10
+    plan = ca.plan_units(groups, keep)
+    assert ca.shrink(variables, plan)["cache"]["k"].shape[2] < 4
