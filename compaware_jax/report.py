@@ -46,6 +46,7 @@ def trade_off_figure(
     *,
     metric: str,
     cost: str = "parameters left (%)",
+    ours: Sequence[str] = (),
 ) -> Figure:
     """A metric against the share of a cost that is left.
 
@@ -53,29 +54,32 @@ def trade_off_figure(
       points: per series its (share in percent, metric) points.
       metric: name of the metric, with its unit.
       cost: name of the horizontal axis.
+      ours: series that stand out; the others are drawn thin behind them.
 
     Returns:
       The figure.
     """
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(WIDTH, 4.0))
+        figure, axes = plt.subplots(figsize=(WIDTH, 4.6 if len(points) > 6 else 4.0))
         for number, (name, series) in enumerate(points.items()):
             x, y = np.array(sorted(series)).T
             colour = COLOURS[number % len(COLOURS)]
             marker = "osD^vPX"[number % 7]
             # Where colours begin anew, lines are dashed.
             line = ("-", "--", ":")[number // len(COLOURS) % 3] if len(set(x)) > 1 else "none"
+            behind = bool(ours) and name not in ours
             axes.plot(
                 x,
                 y,
                 color=colour,
                 marker=marker,
                 ls=line,
-                ms=7,
-                mec="white",
+                lw=1.0 if behind else 2.5 if ours else 1.5,
+                ms=5 if behind else 7,
+                mec=None if marker in "+x" else "white",
                 mew=0.6,
                 label=name,
-                zorder=2 + (line == "none"),
+                zorder=2 + (line == "none") + 2 * (not behind),
             )
         axes.set_xscale("log")
         low, high = axes.get_xlim()
