@@ -82,8 +82,9 @@ def derivative_of(eqn: Equation) -> jex.ClosedJaxpr | None:
 
 
 def number_of(constant: Any) -> float | None:
-    """A constant scalar as a real number, where it is one and its value is known."""
-    if np.shape(constant) != () or not jnp.issubdtype(jax.dtypes.result_type(constant), np.number):
+    """A constant scalar as a real number, where it is one, or a truth value, and its value is known."""
+    kinds = np.number, np.bool_
+    if np.shape(constant) != () or not any(jnp.issubdtype(jnp.result_type(constant), k) for k in kinds):
         return None
     try:
         number = complex(constant)

@@ -43,7 +43,8 @@ def find_groups(
         keep their shape.
       state_outputs: maps the tree paths of outputs that are the next value of leaves (running averages,
         an EMA target, a recurrent carry) to the leaves' paths, e.g. ``{"1/batch_stats": "batch_stats"}``;
-        sub-trees stand for all that is in them. They come out cut as their leaves are.
+        sub-trees stand for all that is in them. They come out cut as their leaves are. State that has left
+        counts as zero at every call, as masked variables have it, whatever the call before made of it.
       within_heads: where one axis holds the heads of an attention and their channels, cut the same
         channels of all heads instead of whole heads. (Where they are two axes, both can leave anyway.)
       boundary: also let go what kernels read of data inputs and write of outputs that stay: single rows

@@ -110,6 +110,9 @@ def _put_back(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> li
 
     full = []
     for array, leaf in zip(arrays, positions, strict=True):
+        if all(index is None for index in plan.kept[leaf]):
+            full.append(array)
+            continue
         if isinstance(array, jax.ShapeDtypeStruct):
             full.append(jax.ShapeDtypeStruct(plan.leaves[leaf].shape, array.dtype))
             continue

@@ -67,6 +67,39 @@ def test_channels_that_stay_zero_run_small():
         assert [e.where for e in ca.uncut(groups, plan) if "reduce_sum" in e.where] == []
 
 
+@pytest.mark.parametrize("look_up", [lambda s: jnp.take(s, 0), lambda s: s[0]], ids=["take", "slice"])
+def test_a_single_element_looked_up_stays(look_up):
+    def apply(v, x):
+        return (jnp.tanh(x @ v["a"]) * v["s"]) @ v["b"] * look_up(v["s"])
+
+    variables = {**VARIABLES, "s": RNG.normal(size=6)}
+    groups = ca.find_groups(apply, variables, X)
+    assert groups.units == 5
+    keep = np.array([1, 0, 0, 1, 0], bool)
+    assert max(law_errors(apply, variables, X, keep=keep, groups=groups)) <= 1e-10
+    assert ca.plan_units(groups, keep).kept[2] == ((0, 1, 4),)
+
+
+@pytest.mark.parametrize(
+    ("spread", "units"),
+    [
+        (lambda h: jnp.std(h, axis=0), 0),  # Its derivative is infinite where a channel is zero.
+        (lambda h: jnp.sqrt(jnp.var(h, axis=0) + 1e-6), 6),
+    ],
+    ids=["std", "var and epsilon"],
+)
+def test_spread_of_channels(spread, units):
+    """`jnp.std` chooses between its value and NaN by a flag that the trace knows."""
+
+    def apply(v, x):
+        return spread(x @ v["a"]) @ v["b"]
+
+    groups = ca.find_groups(apply, VARIABLES, X)
+    assert groups.units == units
+    if not units:
+        assert "`sqrt` is singular at zero" in str(groups)
+
+
 def test_activation_of_integers():
     """The accumulator of a quantised layer: its activation has a derivative rule and no derivative."""
     variables = {
@@ -99,6 +132,7 @@ def test_random_key_among_the_variables():
     masked = ca.apply_mask(groups, KEEP.astype(float), variables)
     got = ca.slim(apply, plan)(ca.shrink(variables, plan), X)
     np.testing.assert_allclose(got, apply(masked, X), rtol=1e-12)
+    assert ca.expand(ca.shrink(variables, plan), plan)["key"] == variables["key"]
 
 
 def test_cache_that_comes_out_cut():

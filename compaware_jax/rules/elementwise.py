@@ -1,8 +1,11 @@
 """Element-wise primitives: operands are tied index by index; what differs is when zeros stay zeros."""
 
+from collections.abc import Sequence
+
 from jax.extend.core import primitives as p
 
 from compaware_jax.rules.families import elementwise
+from compaware_jax.trace import Equation
 
 # Functions with f(0) = 0, and what only moves bits about.
 ODD = (
@@ -49,11 +52,17 @@ elementwise(
         and any(z or u == 0 for z, u in zip(zero, uniform, strict=True))
     ),
 )
-# The first operand only chooses: what it chooses from decides.
-elementwise(
-    p.select_n_p,
-    lambda eqn, zero, uniform: all(z or u == 0 for z, u in zip(zero[1:], uniform[1:], strict=True)),
-)
+
+
+def _chosen(eqn: Equation, zero: Sequence[bool], uniform: Sequence[float | None]) -> bool:
+    """The first operand only chooses: what it chooses from decides, all of it where the choice is open."""
+    which, *cases = zip(zero, uniform, strict=True)
+    if which[1] is not None:
+        cases = [cases[int(which[1])]]
+    return all(z or u == 0 for z, u in cases)
+
+
+elementwise(p.select_n_p, _chosen)
 elementwise(p.div_p, lambda eqn, zero, uniform: zero[0] and not zero[1], singular=(1,))
 elementwise(p.rem_p, lambda eqn, zero, uniform: zero[0] and not zero[1], singular=(1,))
 elementwise(

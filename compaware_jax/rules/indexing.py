@@ -56,7 +56,7 @@ def _couple_gather(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> 
     factors = passed(ledger, x, passes, f"looked up by index in {eqn.where}", followed)
     for factor in followed:
         assert indices.known is not None
-        factors.append(_follow(eqn, factor, indices.known, whole))
+        factors += _follow(ledger, eqn, factor, indices.known, whole)
     from_indices = passed(ledger, indices, of_indices, f"an index of {eqn.where}")
     filled = _is_filled(eqn, indices.known)
     factors = [
@@ -100,8 +100,10 @@ def _is_followed(ledger: Ledger, eqn: Equation, factor: Factor, known: np.ndarra
     return max(sizes) <= _FOLLOWED_SIZE
 
 
-def _follow(eqn: Equation, factor: Factor, known: np.ndarray, whole: dict[int, int]) -> Factor:
-    """The factor of a static look-up: the look-up of the factor."""
+def _follow(
+    ledger: Ledger, eqn: Equation, factor: Factor, known: np.ndarray, whole: dict[int, int]
+) -> list[Factor]:
+    """The factor of a static look-up: the look-up of the factor. What is looked up alone stays."""
     operand, sizes = list(eqn.in_shapes[0]), list(eqn.params["slice_sizes"])
     for axis in whole:
         if axis not in factor.axes:
@@ -116,7 +118,10 @@ def _follow(eqn: Equation, factor: Factor, known: np.ndarray, whole: dict[int, i
             mode="clip",
         )
     taken = np.asarray(taken).astype(int)
-    return minimal(range(taken.ndim), taken, factor.zero)
+    if not taken.ndim:
+        ledger.fix(taken, f"a single one of them is selected by {eqn.where}")
+        return []
+    return [minimal(range(taken.ndim), taken, factor.zero)]
 
 
 def _slim_gather(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
