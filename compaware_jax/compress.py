@@ -141,8 +141,9 @@ def compress(
     """
     check_steps(fine_tune, "compress: fine_tune")
     problem = problem_of(apply, loss, batches, groups, budget, criteria, score)
-    before = check_request(problem, variables, held_out, allow_failing=allow_failing)
+    loss_before, before = check_request(problem, variables, held_out, allow_failing=allow_failing)
     folder = None if directory is None else Path(directory)
+    job = folder and describe_search(problem, variables, budget, search, key, loss_before)
     found = run_search(
         problem,
         variables,
@@ -150,6 +151,7 @@ def compress(
         search=search,
         key=key,
         directory=folder and folder / "search",
+        job=job,
         progress=progress,
     )
     ran, flops = _checked_work(groups, found.plan, budget)
@@ -164,7 +166,7 @@ def compress(
         criteria=problem.criteria,
         label="fine-tune",
         directory=folder and folder / "fine-tune",
-        job=describe_search(problem, variables, budget, search, key),
+        job=job,
         progress=progress,
     )
     after = measure(problem.criteria, small_apply, small, held_out) if criteria else {}

@@ -11,11 +11,17 @@ import numpy as np
 from compaware_jax.coefficients import Problem, SearchMethod
 from compaware_jax.groups import Groups
 from compaware_jax.loop import digest
-from compaware_jax.request import first_loss
 
 
-def describe_request(problem: Problem, variables: Any, method: SearchMethod) -> dict[str, Any]:
-    """What identifies a request, as JSON values: a checkpoint of another one is refused."""
+def describe_request(problem: Problem, variables: Any, method: SearchMethod, loss: float) -> dict[str, Any]:
+    """What identifies a request, as JSON values: a checkpoint of another one is refused.
+
+    Args:
+      problem: what is asked.
+      variables: the dense model's.
+      method: how coefficients are found.
+      loss: of the dense model on the first batch.
+    """
     settings = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
     score = problem.score
     return {
@@ -24,7 +30,7 @@ def describe_request(problem: Problem, variables: Any, method: SearchMethod) -> 
         "variables": digest(variables),
         "data": digest([problem.batches(jnp.int32(step)) for step in (0, 1)]),
         # Machines differ in the last digits.
-        "loss": f"{float(first_loss(problem, variables)):.3g}",
+        "loss": f"{loss:.3g}",
         "criteria": [[c.name, c.threshold, c.above, c.trainable] for c in problem.criteria],
         # JSON has no tuples: a job has to compare equal after a round trip.
         "search": [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,24 @@ from compaware_jax.errors import (
 )
 from compaware_jax.fit import updated, value_and_updates
 from compaware_jax.groups import Groups, fingerprint, leaves_of
+from compaware_jax.importance import l2
 from compaware_jax.loop import digest
 from compaware_jax.rehearsal import rehearse
 
 
-def check_request(
-    problem: Problem, variables: Any, held_out: Any, *, allow_failing: bool
-) -> dict[str, float]:
+class Checked(NamedTuple):
+    """What the checks found out.
+
+    Attributes:
+      loss: of the dense model on the first batch.
+      before: the dense model's value per criterion.
+    """
+
+    loss: float
+    before: dict[str, float]
+
+
+def check_request(problem: Problem, variables: Any, held_out: Any, *, allow_failing: bool) -> Checked:
     """Refuse what cannot work, before any work is done.
 
     Args:
@@ -37,7 +48,7 @@ def check_request(
       allow_failing: accept criteria that the dense model fails.
 
     Returns:
-      The dense model's value per criterion.
+      What the dense model has.
 
     Raises:
       RequestError, PlanError, TraceError: as `check_problem`.
@@ -52,17 +63,20 @@ def check_request(
             f"compress: held_out is a function, {_name(held_out)}, expected the batch that criteria are "
             "measured on: call it."
         )
-    check_problem(problem, variables, held_out)
+    loss = check_problem(problem, variables, held_out)
     if not problem.criteria:
-        return {}
+        return Checked(loss, {})
     before = measure(problem.criteria, problem.apply, variables, held_out)
     if not allow_failing:
         check_dense(problem.criteria, before)
-    return before
+    return Checked(loss, before)
 
 
-def check_problem(problem: Problem, variables: Any, held_out: Any = None) -> None:
+def check_problem(problem: Problem, variables: Any, held_out: Any = None) -> float:
     """Refuse what no search can work on.
+
+    Returns:
+      The loss of the dense model on the first batch.
 
     Raises:
       PlanError: nothing can leave, or the variables are not those of the groups, or not trainable; or the
@@ -79,9 +93,10 @@ def check_problem(problem: Problem, variables: Any, held_out: Any = None) -> Non
         )
     _check_variables(variables, problem.groups)
     _check_batches(problem)
-    _check_loss(problem, variables)
+    loss = _checked_loss(problem, variables)
     _check_score(problem, variables)
     rehearse(problem, variables, held_out)
+    return loss
 
 
 def check_functions(apply: Any, loss: Any, batches: Any) -> None:
@@ -151,18 +166,6 @@ def checked_key(key: Any) -> jax.Array:
     return jnp.asarray(key)
 
 
-def first_loss(problem: Problem, variables: Any) -> jax.Array:
-    """The loss of the dense model on the first batch."""
-    batch = problem.batches(jnp.int32(0))
-
-    def first(variables: Any) -> jax.Array:
-        value, updates = value_and_updates(problem.loss, problem.apply, variables, batch)
-        updated(variables, updates)
-        return value
-
-    return jnp.asarray(jax.jit(first)(variables))
-
-
 _RESIDENT = "data.resident makes such a function of arrays that fit the device."
 
 
@@ -204,29 +207,39 @@ def _check_batches(problem: Problem) -> None:
     """Batches are a function of the step, compiled or not."""
     batches, remedy = problem.batches, _RESIDENT
     steps = [jnp.int32(step) for step in (0, 1)]
-    first, second = (digest(batches(step)) for step in steps)
-    if digest(batches(steps[0])) != first:
-        raise RequestError(
-            "compress: batches(0) gives another batch each time, expected a pure function of the step: a "
-            f"resumed run would see other data. {remedy}"
-        )
     try:
-        compiled = [digest(batch) for batch in map(jax.jit(batches), steps)]
+        first, second = map(digest, map(jax.jit(batches), steps))
     except jax.errors.JAXTypeError as error:
         raise RequestError(
             f"compress: batches cannot be compiled ({type(error).__name__}). Expected a function that takes "
             f"its batch by JAX, e.g. array[indices] of a jax.Array; a generator on the host needs "
             f"jax.pure_callback. {remedy}"
         ) from error
-    if first != second and compiled[0] == compiled[1]:
+    if first != second:
+        return
+    # One batch for all steps is fine, where it is meant.
+    first, second, again = (digest(batches(step)) for step in (*steps, steps[0]))
+    if again != first:
+        raise RequestError(
+            "compress: batches(0) gives another batch each time, expected a pure function of the step: a "
+            f"resumed run would see other data. {remedy}"
+        )
+    if first != second:
         raise RequestError(
             "compress: compiled, batches gives the same batch at every step: what tells them apart is not "
             f"computed from the step by JAX. Expected e.g. jax.random.fold_in(key, step). {remedy}"
         )
 
 
-def _check_loss(problem: Problem, variables: Any) -> None:
-    value = first_loss(problem, variables)
+def _checked_loss(problem: Problem, variables: Any) -> float:
+    batch = problem.batches(jnp.int32(0))
+
+    def first(variables: Any) -> jax.Array:
+        value, updates = value_and_updates(problem.loss, problem.apply, variables, batch)
+        updated(variables, updates)
+        return value
+
+    value = jnp.asarray(jax.jit(first)(variables))
     if value.shape != ():
         raise TraceError(
             f"compress: the loss has shape {value.shape}, expected one number, such as a mean over the batch."
@@ -236,17 +249,24 @@ def _check_loss(problem: Problem, variables: Any) -> None:
             f"compress: the loss of the dense model on batches(0) is {value}, expected a finite number. "
             "Look for values in the data that are not finite, or for a loss without a mean."
         )
+    return float(value)
 
 
 def _check_score(problem: Problem, variables: Any) -> None:
-    scores = jnp.asarray(jax.jit(lambda v: problem.score(problem.groups, v))(variables))
+    def score(variables: Any) -> jax.Array:
+        return jnp.asarray(problem.score(problem.groups, variables))
+
+    scores = jax.eval_shape(score, variables)
     if scores.shape != (problem.groups.units,):
         raise PlanError(
             f"compress: the score {_name(problem.score)} has shape {scores.shape}, expected one number per "
             f"unit, ({problem.groups.units},)."
         )
-    if bool(jnp.isnan(scores).any()):
-        unit = int(jnp.argmax(jnp.isnan(scores)))
+    if problem.score is l2:  # Of finite variables.
+        return
+    wrong = jax.jit(lambda v: jnp.isnan(score(v)))(variables)
+    if bool(wrong.any()):
+        unit = int(jnp.argmax(wrong))
         group = problem.groups.groups[int(problem.groups.group_of_unit[unit])]
         raise PlanError(
             f"compress: the score {_name(problem.score)} is not a number at unit {unit - group.offset} of "

@@ -98,9 +98,10 @@ def find_plan(
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
     """
     problem = problem_of(apply, loss, batches, groups, budget, criteria, score)
-    check_problem(problem, variables)
+    first = check_problem(problem, variables)
+    job = None if directory is None else describe_search(problem, variables, budget, search, key, first)
     return run_search(
-        problem, variables, budget, search=search, key=key, directory=directory, progress=progress
+        problem, variables, budget, search=search, key=key, directory=directory, job=job, progress=progress
     )
 
 
@@ -128,12 +129,12 @@ def problem_of(
 
 
 def describe_search(
-    problem: Problem, variables: Any, budget: Budget, search: Any, key: Any
+    problem: Problem, variables: Any, budget: Budget, search: Any, key: Any, loss: float
 ) -> dict[str, Any]:
-    """What identifies a search, as JSON values."""
+    """What identifies a search, as JSON values; see `describe_request`."""
     method, key = _defaults(search, key)
     return {
-        **describe_request(problem, variables, method),
+        **describe_request(problem, variables, method, loss),
         "budget": [budget.cost, budget.fraction],
         "key": np.asarray(jax.random.key_data(key)).tolist(),
     }
@@ -147,12 +148,12 @@ def run_search(
     search: Any,
     key: Any,
     directory: str | os.PathLike[str] | None,
+    job: Mapping[str, Any] | None,
     progress: bool,
 ) -> Found:
     """`find_plan` for a problem that is checked."""
     method, key = _defaults(search, key)
     groups, limit = problem.groups, budget.limit(problem.groups)
-    job = describe_search(problem, variables, budget, method, key)
     problem, start = trim(problem, variables, [limit])
     found = method.build(problem)
     state, history = run_steps(

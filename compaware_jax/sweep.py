@@ -132,9 +132,9 @@ def sweep(
     cost = COSTS[kinds.pop()](groups)
     method = search or GradientSearch()
     problem = Problem(apply, loss, batches, groups, cost, checked_criteria(criteria), score)
-    check_request(problem, variables, held_out, allow_failing=allow_failing)
+    checked = check_request(problem, variables, held_out, allow_failing=allow_failing)
     criteria = problem.criteria
-    job = describe_request(problem, variables, method)
+    job = {} if directory is None else describe_request(problem, variables, method, checked.loss)
     problem, start = trim(problem, variables, limits)
     found = method.build(problem)
     lanes = [(budget, limit, s) for budget, limit in zip(budgets, limits, strict=True) for s in range(seeds)]
