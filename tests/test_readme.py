@@ -27,7 +27,7 @@ def test_example(name):
 
 
 def test_first_example(monkeypatch):
-    (example,) = (block for block in BLOCKS if "ca.compress(" in block)
+    (example,) = (block for block in BLOCKS if "data.mnist(" in block)
     for printed, short in {" 3_000)": " 100)", "fine_tune=5_000": "fine_tune=100", "19.0": "10.0"}.items():
         assert example.count(printed) == 1
         example = example.replace(printed, short)
