@@ -77,13 +77,7 @@ def _half(problem: Problem) -> Plan:
 
 
 def _leaves_read(function: Callable[..., Any], apply: Any, variables: Any, batch: Any) -> list[str]:
-    """Paths of the leaves of the variables that reach the result, and not only through `stop_gradient`."""
-    program = trace(lambda variables, batch: function(apply, variables, batch), variables, batch)
-    needed = set(program.block.outputs)
-    for eqn in reversed(program.block.equations):
-        if needed & set(eqn.outputs) and eqn.primitive.name != "stop_gradient":
-            needed.update(eqn.inputs)
-    return [path for path, v in zip(program.leaves, program.leaf_values, strict=True) if v in needed]
+    return trace(lambda variables, batch: function(apply, variables, batch), variables, batch).leaves_read()
 
 
 def _warn_of_trained_state(problem: Problem, read: list[str], variables: Any, batch: Any) -> None:

@@ -24,6 +24,7 @@ from compaware_jax.groups import Groups, fingerprint, leaves_of
 from compaware_jax.importance import l2
 from compaware_jax.loop import digest
 from compaware_jax.rehearsal import rehearse
+from compaware_jax.trace import trace
 
 
 class Checked(NamedTuple):
@@ -204,30 +205,29 @@ def _check_variables(variables: Any, groups: Groups) -> None:
 
 
 def _check_batches(problem: Problem) -> None:
-    """Batches are a function of the step, compiled or not."""
-    batches, remedy = problem.batches, _RESIDENT
-    steps = [jnp.int32(step) for step in (0, 1)]
+    """Batches are a function of the step, by JAX."""
+    batches, steps = problem.batches, (jnp.int32(0), jnp.int32(1))
     try:
-        first, second = map(digest, map(jax.jit(batches), steps))
-    except jax.errors.JAXTypeError as error:
+        program = trace(lambda step: batches(step), steps[0])
+    except TraceError as error:
         raise RequestError(
-            f"compress: batches cannot be compiled ({type(error).__name__}). Expected a function that takes "
-            f"its batch by JAX, e.g. array[indices] of a jax.Array; a generator on the host needs "
-            f"jax.pure_callback. {remedy}"
+            f"compress: batches cannot be compiled ({type(error.__cause__ or error).__name__}). Expected a "
+            "function that takes its batch by JAX, such as array[index] of a jax.Array; a generator needs "
+            f"jax.pure_callback. {_RESIDENT}"
         ) from error
-    if first != second:
+    if program.leaves_read():
         return
     # One batch for all steps is fine, where it is meant.
     first, second, again = (digest(batches(step)) for step in (*steps, steps[0]))
     if again != first:
         raise RequestError(
             "compress: batches(0) gives another batch each time, expected a pure function of the step: a "
-            f"resumed run would see other data. {remedy}"
+            f"resumed run would see other data. {_RESIDENT}"
         )
     if first != second:
         raise RequestError(
             "compress: compiled, batches gives the same batch at every step: what tells them apart is not "
-            f"computed from the step by JAX. Expected e.g. jax.random.fold_in(key, step). {remedy}"
+            f"computed from the step by JAX. Expected e.g. jax.random.fold_in(key, step). {_RESIDENT}"
         )
 
 

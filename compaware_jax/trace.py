@@ -133,6 +133,14 @@ class Program:
         """Value ids of the other inputs."""
         return self.block.inputs[len(self.leaves) :]
 
+    def leaves_read(self) -> list[str]:
+        """Paths of the leaves that reach an output, and not only through `stop_gradient`."""
+        needed = set(self.block.outputs)
+        for eqn in reversed(self.block.equations):
+            if needed & set(eqn.outputs) and eqn.primitive is not p.stop_gradient_p:
+                needed.update(eqn.inputs)
+        return [path for path, value in zip(self.leaves, self.leaf_values, strict=True) if value in needed]
+
     def positions(self, paths: Sequence[str]) -> list[int]:
         """Positions of the outputs with these tree paths; others are passed over."""
         return [i for i, path in enumerate(self.output_paths) if path in paths]
