@@ -43,7 +43,10 @@ def rehearse(problem: Problem, variables: Any, held_out: Any) -> None:
     leaves = jax.tree.leaves(variables)
     small = jax.tree.unflatten(
         jax.tree.structure(variables),
-        [jax.ShapeDtypeStruct(plan.small_shape(i), leaf.dtype) for i, leaf in enumerate(leaves)],
+        [
+            jax.ShapeDtypeStruct(plan.small_shape(i), jax.dtypes.result_type(leaf))
+            for i, leaf in enumerate(leaves)
+        ],
     )
 
     def loss(apply: Any, variables: Any, batch: Any) -> Any:

@@ -1,9 +1,18 @@
 """Test set-up: strict types and dtypes, so that what passes here passes everywhere."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before JAX starts: two devices' worth of threads are plenty for two test workers.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+# What one test compiled, no other compiles again: workers and what they start inherit the folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-by-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import matplotlib as mpl
