@@ -223,7 +223,9 @@ def test_killed_and_started_again(tmp_path):
     def start(name):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        # A kill may leave half a compiled program: nobody else is to read it.
+        compiled = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+        environment = {**os.environ, **compiled, "PYTHONPATH": str(Path(__file__).parents[1])}
         return folder, subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(folder)], env=environment, stderr=subprocess.PIPE
         )
