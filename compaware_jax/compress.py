@@ -21,7 +21,7 @@ from compaware_jax.importance import l2
 from compaware_jax.plan import Plan, component_table
 from compaware_jax.request import check_request, check_steps
 from compaware_jax.search import Found, describe_search, problem_of, run_search
-from compaware_jax.small_function import Uncut, flops_left, slim, uncut, work_in
+from compaware_jax.small_function import Uncut, slim, what_runs, work_in
 from compaware_jax.surgery import shrink
 from compaware_jax.tables import text_table
 
@@ -171,8 +171,9 @@ def compress(
     )
     after = measure(problem.criteria, small_apply, small, held_out) if criteria else {}
     counts = np.array([kept for _, kept, _ in found.plan.counts])
-    costs = {name: (c.total, c.exact(counts)) for name, c in ((n, make(groups)) for n, make in COSTS.items())}
-    costs["flops"] = costs["flops"][0], flops
+    made = {name: make(groups) for name, make in COSTS.items()}
+    costs = {name: (cost.total, cost.exact(counts)) for name, cost in made.items()}
+    costs["flops"] = made["flops"].total, flops
     return Result(
         apply=small_apply,
         variables=small,
@@ -188,7 +189,7 @@ def compress(
 
 def _checked_work(groups: Groups, plan: Plan, budget: Budget) -> tuple[tuple[Uncut, ...], int]:
     """What runs at full width, and the FLOPs with it; a warning where that is much."""
-    ran, left = uncut(groups, plan), flops_left(groups, plan)
+    ran, left = what_runs(groups, plan)
     share = sum(equation.flops for equation in ran) / max(work_in(groups), 1)
     over = ""
     if budget.cost == "flops" and left > budget.limit(groups):

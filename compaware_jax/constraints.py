@@ -10,13 +10,14 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import jax
 import numpy as np
 
 from compaware_jax.errors import BudgetError
 from compaware_jax.groups import Group, Groups, Limits
 
-# An int or a float, be it of Python, numpy or JAX; checked by value, so that a wrong one gets our message.
-Amount = Any
+Amount = int | float | np.number | jax.Array
+"""A number of units (integers), or a share of a group (floats), be it of Python, numpy or JAX."""
 
 
 def constrain(

@@ -17,7 +17,7 @@ from compaware_jax.groups import COLLECTIONS
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.select import keep_units
 from compaware_jax.small_function import slim
-from compaware_jax.trace import named_leaves, trace
+from compaware_jax.trace import Program, trace
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,18 +50,18 @@ def rehearse(problem: Problem, variables: Any, held_out: Any) -> None:
     )
 
     def loss(apply: Any, variables: Any, batch: Any) -> Any:
-        return value_and_updates(problem.loss, apply, variables, batch)[0]
+        return value_and_updates(problem.loss, apply, variables, batch)
 
-    read = _leaves_read(loss, apply, variables, batch)
-    if not read:
+    program = _traced(loss, apply, variables, batch)
+    if not program.leaves_read(0):
         raise TraceError(f"compress: the loss does not depend on the variables. {_ASKED}")
-    _warn_of_trained_state(problem, read, variables, batch)
+    _warn_of_trained_state(program)
     _played(loss, small_apply, small, batch, TraceError, "the loss")
     if held_out is None:
         return
     for criterion in problem.criteria:
         name = f"the metric of `{criterion.name}`"
-        if not _leaves_read(criterion.metric, apply, variables, held_out):
+        if not _traced(criterion.metric, apply, variables, held_out).leaves_read():
             raise CriterionError(f"compress: {name} does not depend on the variables. {_ASKED}")
         _played(criterion.metric, small_apply, small, held_out, CriterionError, name)
 
@@ -79,15 +79,13 @@ def _half(problem: Problem) -> Plan:
     return plan_units(groups, keep_units(groups, np.zeros(groups.units), half))
 
 
-def _leaves_read(function: Callable[..., Any], apply: Any, variables: Any, batch: Any) -> list[str]:
-    return trace(lambda variables, batch: function(apply, variables, batch), variables, batch).leaves_read()
+def _traced(function: Callable[..., Any], apply: Any, variables: Any, batch: Any) -> Program:
+    return trace(lambda variables, batch: function(apply, variables, batch), variables, batch)
 
 
-def _warn_of_trained_state(problem: Problem, read: list[str], variables: Any, batch: Any) -> None:
-    def updates(variables: Any, batch: Any) -> Any:
-        return value_and_updates(problem.loss, problem.apply, variables, batch)[1]
-
-    updated = {path for path, _ in named_leaves(jax.eval_shape(updates, variables, batch))}
+def _warn_of_trained_state(program: Program) -> None:
+    """Look at a traced loss, whose outputs are its value and its updates."""
+    read, updated = program.leaves_read(0), {path.partition("/")[2] for path in program.output_paths[1:]}
     state = COLLECTIONS - {"params"}
     trained = [path for path in read if path.split("/")[0] in state and path not in updated]
     if trained:

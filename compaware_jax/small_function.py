@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,10 @@ from compaware_jax.rules import Kept
 from compaware_jax.rules.families import take
 from compaware_jax.slimming import FullWidth, run_small
 from compaware_jax.trace import Program, flatten, named_leaves, trace
-from compaware_jax.work import flops_of, work_of
+from compaware_jax.work import contraction_flops, flops_of
 
 
-def slim(apply: Any, plan: Any, *, released: Sequence[str] = ()) -> Callable[..., Any]:
+def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ()) -> Callable[..., Any]:
     """The small function.
 
     ``slim(apply, plan)(shrink(variables, plan), *args)`` equals
@@ -137,28 +136,26 @@ def uncut(groups: Groups, plan: Plan) -> tuple[Uncut, ...]:
             f"uncut: the plan is for the model {plan.fingerprint}, the groups are of {groups.fingerprint}. "
             "Pass the groups that the plan was made from."
         )
-    _, record = _traced(groups, plan)
-    again = [eqn for eqn in record.again if eqn not in record.uncut]
-    return tuple(
-        [Uncut(eqn.where, flops_of(eqn), False) for eqn in record.uncut]
-        + [Uncut(eqn.where, flops_of(eqn), True) for eqn in again]
-    )
+    return what_runs(groups, plan)[0]
 
 
-def flops_left(groups: Groups, plan: Plan) -> int:
-    """FLOPs of one call of the small function, counted as `cost.flop_cost` counts them, but on its own trace.
+def what_runs(groups: Groups, plan: Plan) -> tuple[tuple[Uncut, ...], int]:
+    """What `uncut` lists, and the FLOPs of one call of the small function.
 
-    What runs at full width is in it, so it may be more than the cost of the plan's counts.
+    They are counted as `cost.flop_cost` counts them, but on the small function's own trace: what runs at full
+    width is in them, so they may be more than the cost of the plan's counts.
 
     Args:
       groups: what could leave, at the input shapes for which they were found.
       plan: what is kept of it.
     """
-    program, _ = _traced(groups, plan)
-    return sum(
-        2 * work.times * math.prod(program.avals[value].shape[axis] for (value, axis), *_ in work.dimensions)
-        for work in work_of(program)
-    )
+    program, record = _traced(groups, plan)
+    again = [eqn for eqn in record.again if eqn not in record.uncut]
+    full_width = [
+        *(Uncut(eqn.where, flops_of(eqn), False) for eqn in record.uncut),
+        *(Uncut(eqn.where, flops_of(eqn), True) for eqn in again),
+    ]
+    return tuple(full_width), contraction_flops(program)
 
 
 def work_in(groups: Groups) -> int:

@@ -133,9 +133,9 @@ class Program:
         """Value ids of the other inputs."""
         return self.block.inputs[len(self.leaves) :]
 
-    def leaves_read(self) -> list[str]:
-        """Paths of the leaves that reach an output, and not only through `stop_gradient`."""
-        needed = set(self.block.outputs)
+    def leaves_read(self, output: int | None = None) -> list[str]:
+        """Paths of the leaves that reach an output (None: any), and not only through `stop_gradient`."""
+        needed = set(self.block.outputs if output is None else self.block.outputs[output : output + 1])
         for eqn in reversed(self.block.equations):
             if needed & set(eqn.outputs) and eqn.primitive is not p.stop_gradient_p:
                 needed.update(eqn.inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -41,6 +42,14 @@ def work_of(program: Program) -> list[Work]:
                     yield from walk(body, times * n)
 
     return list(walk(program.block, 1))
+
+
+def contraction_flops(program: Program) -> int:
+    """FLOPs of the contractions and convolutions of a program, two per multiply-add."""
+    return sum(
+        2 * work.times * math.prod(program.avals[value].shape[axis] for (value, axis), *_ in work.dimensions)
+        for work in work_of(program)
+    )
 
 
 def flops_of(eqn: Equation) -> int:

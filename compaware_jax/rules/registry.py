@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -76,7 +75,7 @@ RULES: dict[Primitive, Rule] = {}
 
 
 def register_rule(
-    primitive: Any,
+    primitive: Primitive,
     couple: Couple,
     slim: Slim | None = None,
     work: Work | None = None,
