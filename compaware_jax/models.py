@@ -134,7 +134,9 @@ class ConvEncoder(nn.Module):
     def __call__(self, image: Array) -> Array:
         x = nn.relu(Stride2(32, strided_convolution, name="conv1")(image))
         x = nn.relu(Stride2(64, strided_convolution, name="conv2")(x))
-        x = nn.relu(nn.Dense(256, name="dense1")(x.reshape(x.shape[0], -1)))
+        # By position and channel, not flattened: each is an axis of the kernel, so that both can leave.
+        x = x.reshape(x.shape[0], 7 * 7, 64)
+        x = nn.relu(nn.DenseGeneral(256, axis=(1, 2), name="dense1")(x))
         return nn.Dense(LATENT, name="latent")(x)
 
 
@@ -144,7 +146,7 @@ class ConvDecoder(nn.Module):
     @nn.compact
     def __call__(self, latent: Array) -> Array:
         x = nn.relu(nn.Dense(256, name="dense1")(latent))
-        x = nn.relu(nn.Dense(7 * 7 * 64, name="dense2")(x))
+        x = nn.relu(nn.DenseGeneral((7 * 7, 64), name="dense2")(x))
         x = x.reshape(x.shape[0], 7, 7, 64)
         x = nn.relu(Stride2(32, transposed_convolution, name="conv1")(x))
         return nn.sigmoid(Stride2(1, transposed_convolution, name="image")(x))

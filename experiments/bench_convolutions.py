@@ -32,7 +32,7 @@ class Encoder(nn.Module):
         """Image to latent."""
         x = nn.relu(nn.Conv(32, (3, 3), strides=2, name="conv1")(image))
         x = nn.relu(nn.Conv(64, (3, 3), strides=2, name="conv2")(x))
-        x = nn.relu(nn.Dense(256, name="dense1")(x.reshape(x.shape[0], -1)))
+        x = nn.relu(nn.DenseGeneral(256, axis=(1, 2), name="dense1")(x.reshape(-1, 7 * 7, 64)))
         return nn.Dense(LATENT, name="latent")(x)
 
 
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
     def __call__(self, latent: jax.Array) -> jax.Array:
         """Latent to image."""
         x = nn.relu(nn.Dense(256, name="dense1")(latent))
-        x = nn.relu(nn.Dense(7 * 7 * 64, name="dense2")(x)).reshape(-1, 7, 7, 64)
+        x = nn.relu(nn.DenseGeneral((7 * 7, 64), name="dense2")(x)).reshape(-1, 7, 7, 64)
         x = nn.relu(nn.ConvTranspose(32, (3, 3), strides=(2, 2), name="conv1")(x))
         return nn.sigmoid(nn.ConvTranspose(1, (3, 3), strides=(2, 2), name="image")(x))
 

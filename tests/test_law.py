@@ -37,15 +37,17 @@ def test_law_on_models(model, share):
     assert max(law_errors(apply, variables, *args, keep=keep, groups=groups)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("preset", ["dense", "conv"])
-def test_law_on_autoencoders(preset):
+@pytest.mark.parametrize(("preset", "boundary"), [("dense", False), ("conv", True)])
+def test_law_on_autoencoders(preset, boundary):
     model = autoencoder(preset)
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
         lambda s: rng.normal(size=s.shape) * 0.1, jax.eval_shape(model.init, jax.random.key(0))
     )
     image = jnp.asarray(rng.random((2, 28, 28, 1)))
-    groups = ca.find_groups(model.apply, variables, image)
+    groups = ca.find_groups(model.apply, variables, image, boundary=boundary)
+    # Of the images in the middle of the convolutional one, too, positions can be left unread and unwritten.
+    assert sum(group.boundary and group.units == 7 * 7 for group in groups.groups) == 2 * boundary
     for share in (0.3, 0.7):
         keep = random_keep(groups, rng, share)
         errors = law_errors(model.apply, variables, image, keep=keep, groups=groups)
