@@ -1,9 +1,11 @@
-"""What a model reads of its inputs and writes of its outputs: what the application does not need goes first.
+"""What kernels read and write of axes that stay: what the application does not need of it goes first.
 
-Units at the boundary (``find_groups(..., boundary=True)``) are not like channels. Their weights say little:
-those of a pixel that is always dark are as large as when they were drawn. And many of them cost the
-application nothing, so they are no matter of trade. So before a search they are ranked by what the loss says
-of them, and those that it hardly notices leave; then the search shares out the budget among the channels.
+Those axes are the features of a model's inputs and outputs and, inside it, such as the positions of an image
+in front of a dense layer. Units at the boundary (``find_groups(..., boundary=True)``) are not like channels.
+Their weights say little: those of a pixel that is always dark are as large as when they were drawn. And many
+of them cost the application nothing, so they are no matter of trade. So before a search they are ranked by
+what the loss says of them, and those that it hardly notices leave; then the search shares out the budget
+among the channels.
 """
 
 from __future__ import annotations

@@ -49,9 +49,11 @@ def find_groups(
         channels of all heads instead of whole heads. (Where they are two axes, both can leave anyway.)
       boundary: also let go what kernels read of data inputs and write of outputs that stay: single rows
         and columns that no channel leaves with. The inputs and outputs keep their shape; an input
-        feature is no longer read, an output feature is what its bias alone makes of it. Rank such units
-        by how they matter to the loss, not by their weights: those of a pixel that is always dark are
-        as large as when they were drawn.
+        feature is no longer read, an output feature is what its bias alone makes of it. The same holds
+        inside, wherever an axis of a kernel meets one that stays: of the positions of an image in front
+        of a dense layer, if its kernel has them as an axis, (positions, channels, features). Rank such
+        units by how they matter to the loss, not by their weights: those of a pixel that is always dark
+        are as large as when they were drawn.
       inexact: also release groups whose removal differs from masking (a norm of a removed column).
       strict: raise at a primitive without a rule instead of keeping whole what reaches it.
       **kwargs: further example inputs, by name.

@@ -46,8 +46,8 @@ class Group:
       axes: (leaf path, axis, indices per unit) that a unit spans.
       components: the components that a unit reaches into, first its producer's.
       parameters: parameters that one unit holds when nothing else is removed.
-      boundary: whether they are what the model reads of an input or writes of an output; see
-        `find_groups`.
+      boundary: whether they are what a kernel reads or writes of an axis that stays, such as the pixels
+        of an input or an output; see `find_groups`.
     """
 
     name: str

@@ -39,10 +39,10 @@ def images_figure(rows: Mapping[str, np.ndarray]) -> Figure:
 
 
 def boundary_figure(maps: Mapping[str, np.ndarray], mean: np.ndarray) -> Figure:
-    """Which pixels a model reads and writes, over the mean image.
+    """Which pixels, or larger squares, a model reads and writes, over the mean image.
 
     Args:
-      maps: per map its name and whether each pixel is in it, shape (784,).
+      maps: per map its name and whether each place is in it, shape (side, side); the side divides 28.
       mean: the mean image, shape (28, 28), in [0, 1].
 
     Returns:
@@ -52,9 +52,9 @@ def boundary_figure(maps: Mapping[str, np.ndarray], mean: np.ndarray) -> Figure:
         figure, grid = plt.subplots(1, len(maps), figsize=(WIDTH, 3.2), squeeze=False)
         for axes, (name, inside) in zip(grid[0], maps.items(), strict=True):
             axes.imshow(mean, cmap="gray_r", vmin=0, vmax=1)
-            rows, columns = np.nonzero(inside.reshape(28, 28))
+            rows, columns = np.nonzero(np.kron(inside, np.ones((28 // len(inside),) * 2)))
             axes.scatter(columns, rows, s=9, marker="s", lw=0, alpha=0.6)
-            axes.set_title(f"{name}: {int(inside.sum())} of {inside.size} pixels", fontsize=10)
+            axes.set_title(f"{name}: {int(inside.sum())} of {inside.size}", fontsize=10)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.grid(visible=False)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from mnist_figures import boundary_figure, images_figure, latent_figure
-from mnist_task import Task, psnr_of, uniform_plan
+from mnist_task import Preset, Task, psnr_of, uniform_plan
 
 import compaware_jax as ca
 from compaware_jax.cost import COSTS
@@ -54,12 +54,34 @@ def untuned(
     return lines
 
 
-def pixels(plan: ca.Plan) -> dict[str, np.ndarray]:
-    """Which of an image's pixels the small model reads, and which it writes by more than a bias."""
+# Per preset what is read of images and written of them: the first and the last layer's pixels, or the
+# positions of the 7×7 images that dense layers read and write; path and axis of the kernel.
+ENDS: dict[Preset, tuple[int, dict[str, tuple[str, int]]]] = {
+    "dense": (
+        28,
+        {
+            "pixels read": ("params/encoder/dense1/kernel", 0),
+            "pixels written": ("params/decoder/image/kernel", 1),
+        },
+    ),
+    "conv": (
+        7,
+        {
+            "positions read": ("params/encoder/dense1/kernel", 0),
+            "positions written": ("params/decoder/dense2/kernel", 1),
+        },
+    ),
+}
+
+
+def places(preset: Preset, plan: ca.Plan) -> dict[str, np.ndarray]:
+    """Where the small model reads an image, and writes one by more than a bias; (side, side) each."""
     kept_of = {leaf.path: kept for leaf, kept in zip(plan.leaves, plan.kept, strict=True)}
-    ends = {"read": ("params/encoder/dense1/kernel", 0), "written": ("params/decoder/image/kernel", 1)}
+    side, ends = ENDS[preset]
+    everywhere = np.arange(side**2)
     kept = {name: kept_of[path][axis] for name, (path, axis) in ends.items()}
-    return {n: np.isin(np.arange(784), np.arange(784) if k is None else k) for n, k in kept.items()}
+    inside = {n: np.isin(everywhere, everywhere if k is None else k) for n, k in kept.items()}
+    return {name: flags.reshape(side, side) for name, flags in inside.items()}
 
 
 @dataclass(frozen=True)
@@ -117,22 +139,14 @@ def write_report(folder: Path, run: Finished) -> None:
         "images": images_figure(images),
         "latent": latent_figure({n: outputs[n]["latent"] for n in ("dense", "compressed")}, labels[:2000]),
     }
-    if task.settings["preset"] == "dense":
-        mean = np.asarray(task.held_out["image"].mean(0)[..., 0])
-        figures["boundary"] = boundary_figure(pixels(result.plan), mean)
+    mean = np.asarray(task.held_out["image"].mean(0)[..., 0])
+    figures["boundary"] = boundary_figure(places(task.settings["preset"], result.plan), mean)
     names = dict(zip(figures, save_figures(folder, figures), strict=True))
     before, after = result.costs["parameters"]
     verdict = "; ".join(
         f"{v.criterion}: {'kept' if v.kept else 'NOT KEPT'} ({v.before:.4g} → {v.after:.4g})"
         for v in result.verdicts
     )
-    boundary = []
-    if "boundary" in names:
-        text = (
-            "Marked: what the small model reads of an image, and what it writes of one by more than a bias; "
-            "behind it the mean image."
-        )
-        boundary = [Section("Pixels", text, figures=[names["boundary"]])]
     sections = [
         Section(
             "Answer",
@@ -171,7 +185,12 @@ def write_report(folder: Path, run: Finished) -> None:
             [names["coefficients"]],
         ),
         Section("Images", figures=[names["images"]]),
-        *boundary,
+        Section(
+            "Boundary",
+            "Marked: what the small model reads of an image, and what it writes of one by more than a bias; "
+            "behind it the mean image.",
+            figures=[names["boundary"]],
+        ),
         Section("Latent space", figures=[names["latent"]]),
         *whole_sections(groups, result.plan),
         Section("Data", task.data.note),

@@ -57,9 +57,7 @@ def test_main_job(run, tmp_path, model):
     plan = ca.Plan.load(folder / "plan.json")
     assert plan.parameters == metrics["models"]["compressed"]["parameters"]
     html = (folder / "report.html").read_text()
-    assert len(re.findall(r'<img alt="[^"]+" src="data:image/png;base64,', html)) == (
-        6 if model == "dense" else 5
-    )
+    assert len(re.findall(r'<img alt="[^"]+" src="data:image/png;base64,', html)) == 6
     assert "EMBEDDED DATA" in html
     assert not re.search(r'(src|href)="(?!data:)', html), "the report holds everything itself"
     if model == "dense":
