@@ -14,6 +14,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Tracked
+from compaware_jax.placement import struct_of
 from compaware_jax.rules import RULES
 from compaware_jax.trace import Block, Equation
 
@@ -71,9 +72,7 @@ def is_elementwise(block: Block) -> bool:
 
 def derivative_of(eqn: Equation) -> jex.ClosedJaxpr | None:
     """The derivative rule of a call as a jaxpr of its primals and tangents; None without one."""
-    avals = [
-        jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(eqn.in_shapes, eqn.in_dtypes, strict=True)
-    ]
+    avals = [struct_of(aval, aval.dtype) for aval in eqn.in_avals]
     if not all(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in avals):
         return None
     return jax.make_jaxpr(lambda primals, tangents: jax.jvp(eqn.run, primals, tangents)[1])(

@@ -14,6 +14,7 @@ from compaware_jax.coefficients import Problem
 from compaware_jax.errors import CompawareError, CriterionError, TraceError
 from compaware_jax.fit import value_and_updates
 from compaware_jax.groups import COLLECTIONS
+from compaware_jax.placement import struct_of
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.select import keep_units
 from compaware_jax.small_function import slim
@@ -43,10 +44,7 @@ def rehearse(problem: Problem, variables: Any, held_out: Any) -> None:
     leaves = jax.tree.leaves(variables)
     small = jax.tree.unflatten(
         jax.tree.structure(variables),
-        [
-            jax.ShapeDtypeStruct(plan.small_shape(i), jax.dtypes.result_type(leaf))
-            for i, leaf in enumerate(leaves)
-        ],
+        [struct_of(leaf, jax.dtypes.result_type(leaf), plan.small_shape(i)) for i, leaf in enumerate(leaves)],
     )
 
     def loss(apply: Any, variables: Any, batch: Any) -> Any:

@@ -20,6 +20,7 @@ from jax.extend.core import primitives as p
 from compaware_jax.analysis import Analysis
 from compaware_jax.derivatives import derivative_of
 from compaware_jax.factors import Factor, Tracked
+from compaware_jax.placement import dividing
 from compaware_jax.propagate import analyse_seeded
 from compaware_jax.rules import REGIONS, RULES, Kept, Small
 from compaware_jax.rules.families import scatter, small_shape, take
@@ -80,9 +81,11 @@ class _Run:
         for eqn in block.equations:
             self.producers.update(dict.fromkeys(eqn.outputs, eqn))
             kept = [self.kept(v) for v in eqn.outputs]
-            results = self.emptied(eqn, kept)
-            if results is None:
-                results = self.equation(eqn, kept)
+            # The mesh that the function chose for this equation, where it computes, and the like.
+            with eqn.source.ctx.manager:
+                results = self.emptied(eqn, kept)
+                if results is None:
+                    results = self.equation(eqn, kept)
             if results is None:
                 self.record.uncut[eqn] = None
                 results = [take(self.whole(v), index) for v, index in zip(eqn.outputs, kept, strict=True)]
@@ -105,7 +108,11 @@ class _Run:
         if not nothing or not eqn.outputs:
             return None
         avals = [self.analysis.program.avals[v] for v in eqn.outputs]
-        return [jnp.zeros(small_shape(a.shape, axes), a.dtype) for a, axes in zip(avals, kept, strict=True)]
+        shapes = [small_shape(aval.shape, axes) for aval, axes in zip(avals, kept, strict=True)]
+        return [
+            jnp.zeros(shape, aval.dtype, device=dividing(aval.sharding, shape))
+            for shape, aval in zip(shapes, avals, strict=True)
+        ]
 
     def read(self, value: int) -> Any:
         if value not in self.small:

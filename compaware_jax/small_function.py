@@ -13,6 +13,7 @@ import numpy as np
 from compaware_jax.analysis import Analysis
 from compaware_jax.errors import PlanError
 from compaware_jax.groups import Groups
+from compaware_jax.placement import struct_of
 from compaware_jax.plan import Plan
 from compaware_jax.propagate import analyse
 from compaware_jax.rules import Kept
@@ -59,7 +60,7 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
             structure,
             [
                 # The dtype is the small leaf's own: variables may have been cast since the plan was made.
-                jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.result_type(small))
+                struct_of(small, jax.dtypes.result_type(small), leaf.shape)
                 for leaf, small in zip(plan.leaves, small_leaves, strict=True)
             ],
         )
@@ -166,10 +167,8 @@ def work_in(groups: Groups) -> int:
 def _traced(groups: Groups, plan: Plan) -> tuple[Program, FullWidth]:
     """The small function as a program, and what of it runs at full width."""
     program, alive = groups.analysis.program, _alive(groups.analysis, plan)
-    leaves = [
-        jax.ShapeDtypeStruct(plan.small_shape(i), program.avals[value].dtype)
-        for i, value in enumerate(program.leaf_values)
-    ]
+    full = [program.avals[value] for value in program.leaf_values]
+    leaves = [struct_of(leaf, leaf.dtype, plan.small_shape(i)) for i, leaf in enumerate(full)]
     record = FullWidth()
 
     def run(*inputs: jax.Array) -> list[jax.Array]:

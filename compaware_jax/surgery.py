@@ -11,9 +11,10 @@ import optax
 
 from compaware_jax.errors import PlanError
 from compaware_jax.groups import COLLECTIONS
+from compaware_jax.placement import is_spread, on_host, place_of
 from compaware_jax.plan import Plan
 from compaware_jax.rules.families import scatter
-from compaware_jax.trace import named_leaves, on_host, path_name
+from compaware_jax.trace import named_leaves, path_name
 
 
 def shrink(tree: Any, plan: Plan) -> Any:
@@ -28,7 +29,9 @@ def shrink(tree: Any, plan: Plan) -> Any:
       plan: what is kept.
 
     Returns:
-      The tree with every array that belongs to a leaf of the plan cut along the kept indices.
+      The tree with every array that belongs to a leaf of the plan cut along the kept indices. Arrays stay
+      on their devices, sharded as they were; an axis that the mesh does not divide any more is replicated
+      (``constrain(groups, multiple_of=…)`` keeps widths that it divides).
 
     Raises:
       PlanError: nothing in the tree fits the plan, or a sub-tree fits it in two ways that differ, or has
@@ -81,13 +84,18 @@ def _taken(array: Any, kept: Sequence[Sequence[int] | None]) -> Any:
         return array
     if isinstance(array, jax.ShapeDtypeStruct):
         shape = [size if index is None else len(index) for size, index in zip(array.shape, kept, strict=True)]
-        return jax.ShapeDtypeStruct(shape, array.dtype)
-    # On the host, numpy spares a compilation per shape.
-    small = np.asarray(array) if on_host(array) else array
+        return jax.ShapeDtypeStruct(shape, array.dtype, sharding=place_of(array, shape))
+    small = _here(array)
     for axis, index in enumerate(kept):
         if index is not None:
             small = small.take(np.asarray(index, int), axis=axis)
     return small
+
+
+def _here(array: Any) -> Any:
+    # On the host, numpy spares a compilation per shape. Parts of a sharded array are cut by what they are
+    # parts of, so they come together there as well.
+    return np.asarray(array) if on_host(array) or is_spread(array) else array
 
 
 def _sent_back(small: list[Any], arrays: Sequence[Any]) -> list[Any]:
@@ -97,7 +105,7 @@ def _sent_back(small: list[Any], arrays: Sequence[Any]) -> list[Any]:
         for n, (x, array) in enumerate(zip(small, arrays, strict=True))
         if isinstance(x, np.ndarray) and not isinstance(array, np.ndarray)
     ]
-    places = [arrays[n].sharding if arrays[n].committed else None for n in sent]
+    places = [place_of(arrays[n], small[n].shape) for n in sent]
     result = list(small)
     for n, x in zip(sent, jax.device_put([small[n] for n in sent], places), strict=True):
         result[n] = x
@@ -114,11 +122,10 @@ def _put_back(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> li
             full.append(array)
             continue
         if isinstance(array, jax.ShapeDtypeStruct):
-            full.append(jax.ShapeDtypeStruct(plan.leaves[leaf].shape, array.dtype))
+            shape = plan.leaves[leaf].shape
+            full.append(jax.ShapeDtypeStruct(shape, array.dtype, sharding=place_of(array, shape)))
             continue
-        # On the host, numpy spares a compilation per shape.
-        small = np.asarray(array) if on_host(array) else array
-        full.append(scatter(small, kept(leaf), plan.leaves[leaf].shape))
+        full.append(scatter(_here(array), kept(leaf), plan.leaves[leaf].shape))
     return _sent_back(full, arrays)
 
 

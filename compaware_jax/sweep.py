@@ -119,8 +119,8 @@ def sweep(
     check_functions(apply, loss, batches)
     for budget in budgets:
         check_budget(budget)
-    if seeds < 1:
-        raise RequestError(f"sweep: seeds={seeds}, expected at least one lane per budget.")
+    if not isinstance(seeds, (int, np.integer)) or seeds < 1:
+        raise RequestError(f"sweep: seeds={seeds!r}, expected how many lanes each budget gets, at least one.")
     check_steps(fine_tune, "sweep: fine_tune")
     kinds = {budget.cost for budget in budgets}
     if len(kinds) != 1:

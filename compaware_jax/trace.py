@@ -25,6 +25,7 @@ from jax.extend.core import primitives as p
 from jax.extend.source_info_util import summarize
 
 from compaware_jax.errors import TraceError
+from compaware_jax.placement import struct_of
 
 _INLINED = {p.jit_p: "jaxpr", p.remat_p: "jaxpr", p.closed_call_p: "call_jaxpr"}
 _BODIES = {
@@ -70,8 +71,13 @@ class Equation:
     @property
     def in_dtypes(self) -> tuple[Any, ...]:
         """Dtypes of the inputs."""
+        return tuple(aval.dtype for aval in self.in_avals)
+
+    @property
+    def in_avals(self) -> tuple[Any, ...]:
+        """Abstract values of the inputs, as traced."""
         variables: Any = self.source.invars
-        return tuple(var.aval.dtype for var in variables)
+        return tuple(var.aval for var in variables)
 
     @property
     def out_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -88,7 +94,8 @@ class Equation:
 
     def run(self, *operands: Any) -> list[jax.Array]:
         """Run the traced equation unchanged, on operands of the traced shapes."""
-        results = self.primitive.bind(*operands, **self.primitive.get_bind_params(self.params))
+        with self.source.ctx.manager:
+            results = self.primitive.bind(*operands, **self.primitive.get_bind_params(self.params))
         return list(results) if self.primitive.multiple_results else [results]
 
 
@@ -184,14 +191,6 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def on_host(array: Any) -> bool:
-    """Whether an array's values can be read here and now, without a transfer from an accelerator."""
-    if isinstance(array, np.ndarray):
-        return True
-    concrete = isinstance(array, jax.Array) and not isinstance(array, Tracer)
-    return concrete and array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices())
-
-
 def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> Program:
     """Trace ``apply(variables, *args, **kwargs)`` abstractly.
 
@@ -275,8 +274,8 @@ def _abstract(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
                 "jax.export.export(jax.jit(jax.vmap(lambda x: slim(apply, plan)(variables, x[None])[0])))."
             )
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)  # typed random keys
-        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+            return struct_of(leaf, leaf.dtype)  # typed random keys
+        return struct_of(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))
     raise TraceError(
         f"trace: the leaf `{path_name(path)}` is {type(leaf).__name__}, expected an array or a "
         "jax.ShapeDtypeStruct. Close over values that are not arrays, e.g. with functools.partial."
@@ -304,7 +303,7 @@ class _Flattener:
 
     def value(self, aval: Any) -> int:
         # Extended dtypes (random keys) have no numpy dtype; the aval itself is kept for them.
-        self.avals.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+        self.avals.append(struct_of(aval, aval.dtype))
         return len(self.avals) - 1
 
     def constant(self, array: Any) -> int:

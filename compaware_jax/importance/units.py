@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num
 
 from compaware_jax.groups import Groups
-from compaware_jax.trace import on_host
+from compaware_jax.placement import on_host, replicated
 
 
 def unit_sum(groups: Groups, tree: Any, of: Callable[[Any], Any] = lambda x: x) -> Float[Array, " units"]:
@@ -57,7 +57,8 @@ def sums_over_units(groups: Groups, tree: Any, of: Callable[[Any], Any]) -> np.n
 
 def _device_sums(leaf: Any, wanted: Sequence[int], of: Callable[[Any], Any]) -> list[Any]:
     values = of(jnp.asarray(leaf, _wide(leaf)))
-    return [values.sum(tuple(a for a in range(leaf.ndim) if a != axis)) for axis in wanted]
+    sums = (values.sum(tuple(a for a in range(leaf.ndim) if a != axis)) for axis in wanted)
+    return [replicated(x) for x in sums]
 
 
 def _wide(leaf: Any) -> Any:

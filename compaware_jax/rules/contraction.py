@@ -9,6 +9,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.placement import dividing, explicit
 from compaware_jax.rules.families import bind, fixed_elsewhere, scatter, small_shape, take
 from compaware_jax.rules.registry import Kept, Small, register_rule
 from compaware_jax.trace import Equation
@@ -73,8 +74,10 @@ def _slim_dot(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) ->
         if not _vanishes(lhs, left, rhs, right):
             return None
         arrays = _intersect(arrays, lhs.kept[left], left, rhs.kept[right], right)
-    (result,) = bind(eqn, arrays)
-    return [_spread(eqn, result, (*kept[0][: len(batch[0])], *free), kept[0])]
+    have = (*kept[0][: len(batch[0])], *free)
+    sharding = dividing(explicit(eqn.params["out_sharding"]), small_shape(eqn.out_shapes[0], have))
+    (result,) = bind(eqn, arrays, out_sharding=sharding)
+    return [_spread(eqn, result, have, kept[0])]
 
 
 def _loose_dot(eqn: Equation) -> list[tuple[int, int]]:

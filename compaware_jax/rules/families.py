@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend.core import Primitive
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.placement import dividing, resharded, sharding_in_type
 from compaware_jax.rules.registry import RULES, Kept, Rule, Small, register_rule
 from compaware_jax.trace import Equation
 
@@ -22,7 +23,7 @@ def take(array: jax.Array, positions: Sequence[np.ndarray | None]) -> jax.Array:
     """Static positions along each axis (None: all of them)."""
     for axis, index in enumerate(positions):
         if index is not None:
-            array = _take_axis(array, index, axis)
+            array = resharded(array, axis, lambda whole, a=axis, i=index: _take_axis(whole, i, a))
     return array
 
 
@@ -43,7 +44,9 @@ def scatter(array: Any, kept: Sequence[np.ndarray | None], shape: tuple[int, ...
                 full[places] = array
                 array = full
             else:
-                array = jnp.zeros(size, array.dtype).at[places].set(array)
+                sharding = dividing(sharding_in_type(array), size)
+                zeros = jnp.zeros(size, array.dtype, device=sharding)
+                array = zeros.at[places].set(array, out_sharding=sharding)
     return array
 
 

@@ -10,6 +10,7 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
+from compaware_jax.placement import dividing, explicit
 from compaware_jax.rules.families import bind, cut, freed, small_shape
 from compaware_jax.rules.registry import Kept, Small, register_rule
 from compaware_jax.trace import Equation
@@ -44,7 +45,12 @@ def _slim_same(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -
 
 def _slim_broadcast(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
     shape = small_shape(eqn.out_shapes[0], kept[0])
-    return [lax.broadcast_in_dim(operands[0].array, shape, eqn.params["broadcast_dimensions"])]
+    sharding, dimensions = eqn.params["sharding"], eqn.params["broadcast_dimensions"]
+    return [
+        lax.broadcast_in_dim(
+            operands[0].array, shape, dimensions, out_sharding=dividing(explicit(sharding), shape)
+        )
+    ]
 
 
 register_rule(p.transpose_p, _couple_transpose, _slim_same)

@@ -1,0 +1,129 @@
+"""On more than one device: arrays stay where they are, sharded as they were, and nothing else changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import compaware_jax as ca
+from tests import tasks
+
+FEATURES, WIDTH = 6, 16
+SPECS = {
+    "first": {"w": P(None, "devices"), "b": P("devices")},
+    "second": {"w": P("devices", None), "scale": P()},
+}
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+@pytest.fixture(params=KINDS)
+def mesh(request):
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two devices")
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(KINDS[request.param],))
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def drawn():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "first": {"w": jax.random.normal(keys[0], (FEATURES, WIDTH)), "b": jnp.ones(WIDTH)},
+        "second": {"w": jax.random.normal(keys[1], (WIDTH, FEATURES)), "scale": jnp.ones(FEATURES // 2)},
+    }
+
+
+def sharded(variables, mesh, specs):
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), variables, specs)
+
+
+def apply(variables, x):
+    """Columns, then rows, in parallel; where features are repeated, JAX leaves the mesh to its compiler."""
+    hidden = jax.nn.relu(x @ variables["first"]["w"] + variables["first"]["b"])
+    explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    out_sharding = jax.typeof(x).sharding if explicit else None
+    result = jnp.einsum("bi,ij->bj", hidden, variables["second"]["w"], out_sharding=out_sharding)
+    return result * jnp.repeat(variables["second"]["scale"], 2)
+
+
+def images(spec, mesh):
+    x = jax.random.normal(jax.random.key(1), (8, FEATURES))
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+
+@pytest.mark.parametrize("parallel", ["model", "data"])
+@pytest.mark.parametrize("kept", [8, 5])
+def test_sharded_variables(mesh, parallel, kept):
+    specs = (
+        SPECS
+        if parallel == "model"
+        else jax.tree.map(lambda _: P(), SPECS, is_leaf=lambda s: isinstance(s, P))
+    )
+    variables = sharded(drawn(), mesh, specs)
+    x = images(P("devices") if parallel == "data" else P(), mesh)
+    groups = ca.find_groups(apply, variables, x)
+    flags = np.random.default_rng(kept).permutation(WIDTH) < kept
+    plan = ca.plan_units(groups, np.concatenate([flags, np.ones(groups.units - WIDTH, bool)]))
+    small = ca.shrink(variables, plan)
+    for path, leaf in jax.tree.leaves_with_path(small):
+        assert leaf.sharding.mesh == mesh
+        want = specs[path[0].key][path[1].key]
+        # Five columns do not divide by two devices.
+        assert tuple(leaf.sharding.spec) == (tuple(want) if kept == 8 else (None,) * len(want)), path
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), variables)
+    assert jax.tree.map(lambda a: a.sharding, ca.shrink(abstract, plan)) == jax.tree.map(
+        lambda a: a.sharding, small
+    )
+    small_apply = ca.slim(apply, plan)
+    masked = ca.expand(small, plan)
+    np.testing.assert_allclose(small_apply(small, x), apply(masked, x), atol=1e-5)
+    got, want = (
+        jax.jit(jax.grad(lambda v, f=f: (f(v, x) ** 2).sum()))(v)
+        for f, v in ((small_apply, small), (apply, masked))
+    )
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(ca.shrink(want, plan)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("parallel", ["model", "data"])
+def test_compress(mesh, parallel):
+    """The whole way on two devices ends in the plan that one device finds."""
+    spec = P("devices") if parallel == "data" else P()
+
+    def batches(step):
+        x = jax.random.normal(jax.random.fold_in(jax.random.key(2), step), (8, FEATURES))
+        return jax.lax.with_sharding_constraint(x, spec) if auto else jax.sharding.reshard(x, spec)
+
+    def loss(apply, variables, x):
+        return jnp.mean((apply(variables, x) - jnp.sin(x)) ** 2)
+
+    auto = mesh.axis_types == (AxisType.Auto,)
+    settings = {"budget": ca.params(0.4), "search": tasks.SEARCH, "fine_tune": 30, "progress": False}
+    variables = sharded(drawn(), mesh, SPECS) if parallel == "model" else drawn()
+    groups = ca.find_groups(apply, variables, images(spec, mesh))
+    result = ca.compress(apply, variables, loss, batches, groups=groups, **settings)
+    with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices()[:1]), "devices")):
+        auto, spec = True, P()
+        alone = ca.compress(apply, drawn(), loss, batches, groups=groups, **settings)
+    assert result.plan == alone.plan
+    for ours, theirs in zip(jax.tree.leaves(result.variables), jax.tree.leaves(alone.variables), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_the_context_of_an_equation():
+    """Random numbers are drawn in the way that the function chose where it drew them."""
+
+    def noisy(variables, x):
+        with jax.threefry_partitionable(False):
+            noise = jax.random.normal(jax.random.key(0), x.shape)
+        return jax.nn.relu((x + noise) @ variables["w"]) @ variables["v"]
+
+    keys = jax.random.split(jax.random.key(3), 3)
+    variables = {"w": jax.random.normal(keys[0], (4, 8)), "v": jax.random.normal(keys[1], (8, 2))}
+    x = jax.random.normal(keys[2], (3, 4))
+    groups = ca.find_groups(noisy, variables, x)
+    plan = ca.plan_units(groups, np.arange(8) % 2 == 0)
+    small = ca.shrink(variables, plan)
+    np.testing.assert_allclose(ca.slim(noisy, plan)(small, x), noisy(ca.expand(small, plan), x), rtol=1e-5)
