@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 
 from compaware_jax.coefficients import Score, SearchMethod
-from compaware_jax.cost import COSTS, Budget, flop_cost
+from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion, Verdict, measure
 from compaware_jax.fit import Batches, Loss, fit
 from compaware_jax.groups import Groups
@@ -21,11 +20,9 @@ from compaware_jax.importance import l2
 from compaware_jax.plan import Plan, component_table
 from compaware_jax.request import check_request, check_steps
 from compaware_jax.search import Found, describe_search, problem_of, run_search
-from compaware_jax.small_function import Uncut, slim, what_runs, work_in
+from compaware_jax.small_function import Uncut, checked_work, slim
 from compaware_jax.surgery import shrink
 from compaware_jax.tables import text_table
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,7 @@ def compress(
         job=job,
         progress=progress,
     )
-    ran, flops = _checked_work(groups, found.plan, budget)
+    ran, flops = checked_work(groups, found.plan, budget)
     small_apply = slim(apply, found.plan)
     small, tune_history = fit(
         small_apply,
@@ -185,21 +182,3 @@ def compress(
         costs=costs,
         history={"search": found.history, "fine-tune": tune_history},
     )
-
-
-def _checked_work(groups: Groups, plan: Plan, budget: Budget) -> tuple[tuple[Uncut, ...], int]:
-    """What runs at full width, and the FLOPs with it; a warning where that is much."""
-    ran, left = what_runs(groups, plan)
-    share = sum(equation.flops for equation in ran) / max(work_in(groups), 1)
-    over = ""
-    if budget.cost == "flops" and left > budget.limit(groups):
-        over = f" With it {left / flop_cost(groups).total:.0%} of the FLOPs are left, above the budget."
-    if share > 0.01 or over:
-        _LOG.warning(
-            "%.0f %% of the work still runs at full width, e.g. %s, because the small result would not be "
-            "exact.%s Result.uncut lists it all; constrain(groups, whole=...) keeps the units that cause it.",
-            100 * share,
-            ran[0].where,
-            over,
-        )
-    return ran, left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compaware_jax.analysis import Analysis
+from compaware_jax.cost import Budget, flop_cost
 from compaware_jax.errors import PlanError
 from compaware_jax.groups import Groups
 from compaware_jax.placement import struct_of
@@ -21,6 +23,8 @@ from compaware_jax.rules.families import take
 from compaware_jax.slimming import FullWidth, run_small
 from compaware_jax.trace import Program, flatten, named_leaves, trace
 from compaware_jax.work import contraction_flops, flops_of
+
+_LOG = logging.getLogger(__name__)
 
 
 def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ()) -> Callable[..., Any]:
@@ -162,6 +166,24 @@ def what_runs(groups: Groups, plan: Plan) -> tuple[tuple[Uncut, ...], int]:
 def work_in(groups: Groups) -> int:
     """FLOPs of one call of the full function, counted as `Uncut` counts them."""
     return sum(flops_of(eqn) for eqn in groups.analysis.program.block.equations)
+
+
+def checked_work(groups: Groups, plan: Plan, budget: Budget) -> tuple[tuple[Uncut, ...], int]:
+    """What `what_runs` says of a plan for a budget; a warning where much runs at full width."""
+    ran, left = what_runs(groups, plan)
+    share = sum(equation.flops for equation in ran) / max(work_in(groups), 1)
+    over = ""
+    if budget.cost == "flops" and left > budget.limit(groups):
+        over = f" With it {left / flop_cost(groups).total:.0%} of the FLOPs are left, above the budget."
+    if share > 0.01 or over:
+        _LOG.warning(
+            "%.0f %% of the work still runs at full width, e.g. %s, because the small result would not be "
+            "exact.%s Result.uncut lists it all; constrain(groups, whole=...) keeps the units that cause it.",
+            100 * share,
+            ran[0].where,
+            over,
+        )
+    return ran, left
 
 
 def _traced(groups: Groups, plan: Plan) -> tuple[Program, FullWidth]:

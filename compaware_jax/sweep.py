@@ -14,7 +14,7 @@ import numpy as np
 
 from compaware_jax.boundary import trim
 from compaware_jax.coefficients import GradientSearch, Problem, Score
-from compaware_jax.cost import COSTS, Budget
+from compaware_jax.cost import COSTS, Budget, Cost
 from compaware_jax.criteria import Apply, Criterion
 from compaware_jax.errors import BudgetError, RequestError
 from compaware_jax.fit import Batches, FitState, Loss, adam_cosine, fit_step
@@ -26,6 +26,7 @@ from compaware_jax.masks import apply_mask
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.request import check_budget, check_functions, check_request, check_steps, checked_criteria
 from compaware_jax.select import keep_units, round_counts
+from compaware_jax.small_function import checked_work
 from compaware_jax.surgery import shrink
 
 _LOG = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class Point:
       seed: of the data order and the sampled allocations.
       plan: what was kept.
       variables: the small variables; run them with ``slim(apply, plan)``.
-      cost: the cost reached, and that of the dense model.
+      cost: the cost reached, and that of the dense model. FLOPs are those that the small function runs, at
+        full width where it has to.
       metrics: value per criterion on the held-out batch.
       kept: whether each criterion is kept.
       coefficients: kept share per group that the search ended with.
@@ -207,7 +209,7 @@ def sweep(
 def _points(
     state: _Lanes,
     lanes: list[tuple[Budget, int, int]],
-    cost: Any,
+    cost: Cost,
     groups: Groups,
     apply: Apply,
     criteria: tuple[Criterion, ...],
@@ -235,10 +237,17 @@ def _points(
                 seed=seed,
                 plan=plan,
                 variables=small,
-                cost=(cost.exact(np.array([kept for _, kept, _ in plan.counts])), cost.total),
+                cost=(_reached(groups, plan, budget, cost), cost.total),
                 metrics=metrics,
                 kept={c.name: c.keeps(metrics[c.name]) for c in criteria},
                 coefficients=shares[i],
             )
         )
     return tuple(points)
+
+
+def _reached(groups: Groups, plan: Plan, budget: Budget, cost: Cost) -> int:
+    """What a plan costs; FLOPs are those that the small function runs, at full width where it has to."""
+    if budget.cost == "flops":
+        return checked_work(groups, plan, budget)[1]
+    return cost.exact(np.array([kept for _, kept, _ in plan.counts]))

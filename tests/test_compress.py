@@ -317,20 +317,21 @@ def test_flops_that_run_at_full_width_are_counted(caplog):
         return product(jnp.tanh(x @ v["a"]), v["b"])
 
     x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
-    result = ca.compress(
-        apply,
-        variables,
-        lambda f, v, batch: jnp.mean(f(v, batch) ** 2),
-        lambda step: x,
-        groups=ca.find_groups(apply, variables, x),
-        budget=ca.flops(0.5),
-        search=ca.GradientSearch(steps=5),
-        fine_tune=2,
-        progress=False,
-    )
+    model = apply, variables, lambda f, v, batch: jnp.mean(f(v, batch) ** 2), lambda step: x
+    settings = {
+        "groups": ca.find_groups(apply, variables, x),
+        "search": ca.GradientSearch(steps=5),
+        "fine_tune": 2,
+        "progress": False,
+    }
+    result = ca.compress(*model, budget=ca.flops(0.5), **settings)
     assert result.plan.counts == (("a", 8, 16),)
     assert result.costs["flops"] == (2 * 4 * 2 * 8 * 16, 2 * 4 * 8 * (8 + 16))
-    assert "With it 75% of the FLOPs are left, above the budget." in caplog.text
+    warning = "With it 75% of the FLOPs are left, above the budget."
+    assert caplog.text.count(warning) == 1
+    (point,) = ca.sweep(*model, budgets=[ca.flops(0.5)], **settings)
+    assert point.cost == result.costs["flops"][::-1]
+    assert caplog.text.count(warning) == 2
 
 
 def test_checkpoints_are_of_the_same_demands(trained, tmp_path):
