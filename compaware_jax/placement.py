@@ -68,7 +68,10 @@ def explicit(sharding: Any) -> NamedSharding | None:
 
 def replicated(array: Any) -> Any:
     """The array, whole on all devices where its sharding is part of its type."""
-    return array if sharding_in_type(array) is None else jax.sharding.reshard(array, PartitionSpec())
+    sharding = sharding_in_type(array)
+    if sharding is None:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def resharded(array: Any, axis: int, change: Callable[[Any], Any]) -> Any:

@@ -81,8 +81,7 @@ class _Run:
         for eqn in block.equations:
             self.producers.update(dict.fromkeys(eqn.outputs, eqn))
             kept = [self.kept(v) for v in eqn.outputs]
-            # The mesh that the function chose for this equation, where it computes, and the like.
-            with eqn.source.ctx.manager:
+            with eqn.context:
                 results = self.emptied(eqn, kept)
                 if results is None:
                     results = self.equation(eqn, kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from compaware_jax.analysis import Analysis
 from compaware_jax.cost import Budget, flop_cost
 from compaware_jax.errors import PlanError
 from compaware_jax.groups import Groups
-from compaware_jax.placement import struct_of
+from compaware_jax.placement import sharding_in_type, struct_of
 from compaware_jax.plan import Plan
 from compaware_jax.propagate import analyse
 from compaware_jax.rules import Kept
@@ -55,7 +56,7 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
             f"slim: got ({type(apply).__name__}, {type(plan).__name__}), expected a function and a Plan: "
             "slim(apply, plan)."
         )
-    analyses: dict[Any, tuple[Analysis, np.ndarray]] = {}
+    runs: dict[Any, tuple[Callable[..., list[jax.Array]], Any]] = {}
 
     def small_apply(small_variables: Any, *args: Any, **kwargs: Any) -> Any:
         small_leaves, structure = jax.tree.flatten(small_variables)
@@ -73,14 +74,23 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
             structure,
             rest_structure,
             tuple(jax.typeof(x) for x in (*small_leaves, *rest)),
+            jax.sharding.get_abstract_mesh(),
+            jax.config.jax_threefry_partitionable,  # pyright: ignore[reportAttributeAccessIssue]
         )
-        if key not in analyses:
-            analyses[key] = _analysed(apply, full, plan, released, *args, **kwargs)
-        analysis, alive = analyses[key]
-        outputs, _ = _run(analysis, alive, plan, [jnp.asarray(x) for x in (*small_leaves, *rest)])
-        return jax.tree.unflatten(analysis.program.output_tree, outputs)
+        if key not in runs:
+            analysis, alive = _analysed(apply, full, plan, released, *args, **kwargs)
+            run, tree = partial(_outputs, analysis, alive, plan), analysis.program.output_tree
+            typed = any(sharding_in_type(x) is not None for x in (*small_leaves, *rest))
+            # Outside of jit, types name a mesh but not its devices; they have to be those of the inputs.
+            runs[key] = jax.jit(run) if typed and key[-2].empty else run, tree
+        run, tree = runs[key]
+        return jax.tree.unflatten(tree, run(*(jnp.asarray(x) for x in (*small_leaves, *rest))))
 
     return small_apply
+
+
+def _outputs(analysis: Analysis, alive: np.ndarray, plan: Plan, *inputs: jax.Array) -> list[jax.Array]:
+    return _run(analysis, alive, plan, list(inputs))[0]
 
 
 def _analysed(
@@ -198,7 +208,9 @@ def _traced(groups: Groups, plan: Plan) -> tuple[Program, FullWidth]:
         outputs, record = _run(groups.analysis, alive, plan, list(inputs))
         return outputs
 
-    closed = jax.make_jaxpr(run)(*leaves, *(program.avals[value] for value in program.argument_values))
+    # The types of the inputs may name the mesh under which the groups were found.
+    with program.ambient.manager:
+        closed = jax.make_jaxpr(run)(*leaves, *(program.avals[value] for value in program.argument_values))
     return flatten(closed, leaves=()), record
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,8 @@ _BODIES = {
 }
 # Larger arrays than this are left to the program: rules look at positions, not at data.
 _FOLDED_SIZE = 2**20
+# The sum of these comes first in every trace: its context is that in which the function was called.
+_MARK = np.float32(0), np.float32(0)
 # Drawing bits costs more than it tells.
 _NEVER_FOLDED = {p.random_bits_p, p.threefry2x32_p, p.rng_bit_generator_p}
 
@@ -53,6 +56,7 @@ class Equation:
       source: the traced equation, to run it unchanged.
       bodies: the flattened bodies of calls with custom derivatives, of loops and of branches.
       scope: the module path in which it was traced (JAX's name stack).
+      ambient: whether it was traced in the context in which the whole function was called.
     """
 
     primitive: jex.Primitive
@@ -62,6 +66,15 @@ class Equation:
     source: jex.JaxprEqn
     bodies: tuple[Block, ...]
     scope: str
+    ambient: bool
+
+    @property
+    def context(self) -> AbstractContextManager:
+        """What the function chose for this equation: a mesh, where it computes, how it draws random bits.
+
+        The caller's own choices are not fixed: they may be others at the next call.
+        """
+        return nullcontext() if self.ambient else self.source.ctx.manager
 
     @property
     def in_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -80,6 +93,11 @@ class Equation:
         return tuple(var.aval for var in variables)
 
     @property
+    def out_avals(self) -> tuple[Any, ...]:
+        """Abstract values of the outputs, as traced."""
+        return tuple(var.aval for var in self.source.outvars)
+
+    @property
     def out_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Full shapes of the outputs."""
         return tuple(_shape(var) for var in self.source.outvars)
@@ -94,7 +112,7 @@ class Equation:
 
     def run(self, *operands: Any) -> list[jax.Array]:
         """Run the traced equation unchanged, on operands of the traced shapes."""
-        with self.source.ctx.manager:
+        with self.context:
             results = self.primitive.bind(*operands, **self.primitive.get_bind_params(self.params))
         return list(results) if self.primitive.multiple_results else [results]
 
@@ -120,6 +138,7 @@ class Program:
       arguments: names of the other inputs, in order.
       output_paths: tree paths of the outputs.
       output_tree: tree structure of the outputs.
+      ambient: the context in which the function was traced; see `Equation.ambient`.
     """
 
     block: Block
@@ -129,6 +148,7 @@ class Program:
     arguments: tuple[str, ...] = ()
     output_paths: tuple[str, ...] = ()
     output_tree: Any = None
+    ambient: Any = None
 
     @property
     def leaf_values(self) -> tuple[int, ...]:
@@ -222,6 +242,7 @@ def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) 
     output: dict[str, Any] = {}
 
     def flat(*flat_leaves: Any) -> list[Any]:
+        jax.lax.add(*_MARK)
         variables, args, kwargs = jax.tree.unflatten(tree, flat_leaves)
         result = apply(variables, *args, **kwargs)
         named, output["tree"] = jax.tree_util.tree_flatten_with_path(result)
@@ -243,6 +264,7 @@ def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) 
     return flatten(
         closed,
         leaves=names,
+        ambient=closed.jaxpr.eqns[0].ctx,
         arguments=_argument_names(apply, structs[1], structs[2]),
         output_paths=output["paths"],
         output_tree=output["tree"],
@@ -282,9 +304,18 @@ def _abstract(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
     )
 
 
-def flatten(closed: jex.ClosedJaxpr, leaves: tuple[str, ...], **names: Any) -> Program:
-    """Flatten a closed jaxpr whose first inputs are the given leaves; see `Program` for the names."""
-    flattener = _Flattener()
+def flatten(
+    closed: jex.ClosedJaxpr, leaves: tuple[str, ...], *, ambient: Any = None, **names: Any
+) -> Program:
+    """Flatten a closed jaxpr whose first inputs are the given leaves.
+
+    Args:
+      closed: the jaxpr.
+      leaves: their paths.
+      ambient: the context of equations for which the function chose none.
+      **names: see `Program`.
+    """
+    flattener = _Flattener(ambient)
     constants = [flattener.constant(c) for c in closed.consts]
     block = flattener.block(closed.jaxpr, constants)
     return Program(
@@ -292,12 +323,14 @@ def flatten(closed: jex.ClosedJaxpr, leaves: tuple[str, ...], **names: Any) -> P
         avals=tuple(flattener.avals),
         constants=flattener.constants,
         leaves=leaves,
+        ambient=ambient,
         **names,
     )
 
 
 @dataclass(eq=False)
 class _Flattener:
+    ambient: Any
     avals: list[jax.ShapeDtypeStruct] = field(default_factory=list)
     constants: dict[int, Any] = field(default_factory=dict)
 
@@ -347,6 +380,7 @@ class _Flattener:
                     source=eqn,
                     bodies=tuple(self.body(inner) for inner in _bodies(eqn)),
                     scope=stack,
+                    ambient=eqn.ctx is self.ambient,
                 )
                 if not self.fold(flat):
                     yield flat
@@ -372,6 +406,8 @@ class _Flattener:
                 return False
         with jax.ensure_compile_time_eval():
             results = eqn.run(*inputs)
+        if any(isinstance(x, Tracer) for x in results):
+            return False  # As a part of shard_map, nothing is evaluated here and now.
         self.constants.update(zip(eqn.outputs, map(np.asarray, results), strict=True))
         return True
 

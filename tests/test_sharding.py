@@ -1,5 +1,7 @@
 """On more than one device: arrays stay where they are, sharded as they were, and nothing else changes."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import compaware_jax as ca
+from compaware_jax import importance
 from tests import tasks
 
 FEATURES, WIDTH = 6, 16
@@ -127,3 +130,96 @@ def test_the_context_of_an_equation():
     plan = ca.plan_units(groups, np.arange(8) % 2 == 0)
     small = ca.shrink(variables, plan)
     np.testing.assert_allclose(ca.slim(noisy, plan)(small, x), noisy(ca.expand(small, plan), x), rtol=1e-5)
+
+
+def both(apply, variables, x, share=0.5):
+    """The small function's result and the masked one's."""
+    groups = ca.find_groups(apply, variables, x)
+    plan = ca.plan_units(groups, np.arange(groups.units) % 4 < 4 * share)
+    assert any(kept < all_of_it for _, kept, all_of_it in plan.counts)
+    small = ca.shrink(variables, plan)
+    return ca.slim(apply, plan)(small, x), apply(ca.expand(small, plan), x)
+
+
+def mlp(variables, x):
+    return jax.nn.softmax(jax.nn.relu(x @ variables["w"])) @ variables["v"]
+
+
+@pytest.fixture
+def explicit_mesh():
+    return jax.make_mesh((2,), ("devices",), axis_types=(AxisType.Explicit,))
+
+
+@pytest.fixture
+def weights():
+    keys = jax.random.split(jax.random.key(5), 2)
+    return {"w": jax.random.normal(keys[0], (6, 8)), "v": jax.random.normal(keys[1], (8, 6))}
+
+
+@pytest.mark.parametrize("set_mesh", [False, True])
+def test_shards_gathered_for_use(explicit_mesh, weights, set_mesh):
+    """Stored in shards, whole where they are used: `reshard`, and arrays whose types alone name the mesh."""
+
+    def gathered(variables, x):
+        whole = NamedSharding(jax.typeof(x).sharding.mesh, P())
+        return mlp(jax.tree.map(lambda w: jax.sharding.reshard(w, whole), variables), x)
+
+    stored = jax.tree.map(lambda w: jax.device_put(w, NamedSharding(explicit_mesh, P("devices"))), weights)
+    x = images(P("devices"), explicit_mesh)
+    with jax.set_mesh(explicit_mesh) if set_mesh else contextlib.nullcontext():
+        got, want = both(gathered, stored, x)
+        groups = ca.find_groups(gathered, stored, x)
+        scores = importance.activation(groups, stored, x)
+        far = importance.fpgm(groups, stored)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    alone = ca.find_groups(mlp, weights, np.asarray(x))
+    np.testing.assert_allclose(far, importance.fpgm(alone, weights), rtol=1e-4)
+    assert scores.shape == (groups.units,)
+
+
+def test_heads_on_devices(explicit_mesh):
+    """Two devices' worth of columns, one head: the axis that does not divide is whole on both."""
+
+    def attention(variables, x):
+        q, k, v = ((x @ variables[name]).reshape(8, 2, 4) for name in "qkv")
+        mixed = jnp.einsum("hts,shd->thd", jax.nn.softmax(jnp.einsum("thd,shd->hts", q, k)), v)
+        return jnp.einsum("ti,io->to", mixed.reshape(8, 8), variables["o"], out_sharding=P(None, None))
+
+    keys = dict(zip("qkvo", jax.random.split(jax.random.key(6), 4), strict=True))
+    with jax.set_mesh(explicit_mesh):
+        variables = {
+            name: jax.device_put(
+                jax.random.normal(key, (8, 6) if name == "o" else (6, 8)),
+                NamedSharding(explicit_mesh, P("devices", None) if name == "o" else P(None, "devices")),
+            )
+            for name, key in keys.items()
+        }
+        x = images(P(), explicit_mesh)
+        groups = ca.find_groups(attention, variables, x)
+        plan = ca.plan_units(groups, np.array([True, False]))
+        small = ca.shrink(variables, plan)
+        got = jax.jit(ca.slim(attention, plan))(small, x)
+        masked = jax.tree.map(np.asarray, ca.expand(small, plan))
+    q, k, v = ((np.asarray(x) @ masked[name]).reshape(8, 2, 4) for name in "qkv")
+    mixed = np.einsum("hts,shd->thd", jax.nn.softmax(np.einsum("thd,shd->hts", q, k)), v)
+    np.testing.assert_allclose(got, mixed.reshape(8, 8) @ masked["o"], atol=1e-4)
+
+
+def test_called_in_another_context(explicit_mesh, weights):
+    """What the caller chooses holds for this call, whatever it was when the function was first called."""
+
+    def noisy(variables, x):
+        return mlp(variables, x + jax.random.normal(jax.random.key(0), x.shape))
+
+    x = jax.random.normal(jax.random.key(7), (8, 6))
+    groups = ca.find_groups(noisy, weights, x)
+    plan = ca.plan_units(groups, np.arange(8) % 2 == 0)
+    small, small_apply = ca.shrink(weights, plan), ca.slim(noisy, plan)
+    masked = ca.expand(small, plan)
+    auto = jax.sharding.Mesh(np.array(jax.devices()[:2]), "devices")
+    for context in (
+        contextlib.nullcontext(), jax.threefry_partitionable(False), jax.set_mesh(explicit_mesh),
+        jax.set_mesh(auto), contextlib.nullcontext(),
+    ):  # fmt: skip
+        with context:
+            np.testing.assert_allclose(small_apply(small, x), noisy(masked, x), rtol=1e-4, atol=1e-5)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compaware_jax.groups import Groups
+from compaware_jax.placement import replicated
 from compaware_jax.rules import RULES
 
 
@@ -44,7 +45,7 @@ def activation(groups: Groups, variables: Any, *args: Any, **kwargs: Any) -> Flo
                         continue
                     units = groups.unit_of_class[labels]
                     x = jnp.asarray(values[value], float)
-                    means = jnp.mean(x**2, tuple(a for a in range(x.ndim) if a != axis))
+                    means = replicated(jnp.mean(x**2, tuple(a for a in range(x.ndim) if a != axis)))
                     total = total.at[units].add(means)
                     np.add.at(seen, units, 1)
         if from_data.intersection(eqn.inputs):

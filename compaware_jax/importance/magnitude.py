@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from compaware_jax.groups import Groups
 from compaware_jax.importance.units import floats, sums_over_units, unit_sum
+from compaware_jax.placement import replicated
 
 
 def l1(groups: Groups, variables: Any) -> Float[Array, " units"]:
@@ -65,7 +66,7 @@ def fpgm(groups: Groups, variables: Any) -> Float[Array, " units"]:
                 rows = np.flatnonzero((units >= 0) & (groups.group_of_unit[units] == number))
                 # Units of a group hold as many indices as one another: rows of the same width.
                 rows = rows[np.argsort(units[rows], kind="stable")]
-                vectors = jnp.moveaxis(jnp.asarray(leaf, float), axis, 0)[rows]
+                vectors = jnp.moveaxis(replicated(jnp.asarray(leaf, float)), axis, 0)[rows]
                 vectors = vectors.reshape(groups.groups[number].units, -1)
                 products = vectors @ vectors.T
                 norms = jnp.diagonal(products)

@@ -163,7 +163,8 @@ def _merged(
 def _slim_reshape(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
     # Kept elements keep their row-major order, so the small reshape moves the right ones.
     shape = small_shape(eqn.out_shapes[0], kept[0])
-    return [lax.reshape(operands[0].array, shape, eqn.params["dimensions"])]
+    sharding = dividing(explicit(eqn.out_avals[0].sharding), shape)
+    return [lax.reshape(operands[0].array, shape, eqn.params["dimensions"], out_sharding=sharding)]
 
 
 register_rule(p.reshape_p, _couple_reshape, _slim_reshape)

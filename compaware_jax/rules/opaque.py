@@ -8,8 +8,10 @@ import jax
 from jax import lax
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from compaware_jax.factors import Ledger, Tracked
+from compaware_jax.placement import dividing
 from compaware_jax.rules.families import bind, fixed_elsewhere, passed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 from compaware_jax.trace import Equation
@@ -63,6 +65,21 @@ def _slim_unsharded(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kep
 
 
 register_rule(p.sharding_constraint_p, _couple_same, _slim_unsharded)
+
+
+def _resharded(x: jax.Array) -> jax.Array:
+    mesh = AbstractMesh((2,), ("devices",), axis_types=(AxisType.Explicit,))
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec("devices")))
+
+
+def _slim_reshard(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
+    (x,) = operands
+    sharding = dividing(eqn.out_avals[0].sharding, x.array.shape)
+    return [jax.sharding.reshard(x.array, sharding)]
+
+
+for primitive in _primitives_of(_resharded, jax.ShapeDtypeStruct((2,), "float32")):
+    register_rule(primitive, _couple_same, _slim_reshard)
 
 
 # --- whole matrices -----------------------------------------------------------------------------------
