@@ -122,7 +122,7 @@ def sweep(
     for budget in budgets:
         check_budget(budget)
     if not isinstance(seeds, (int, np.integer)) or seeds < 1:
-        raise RequestError(f"sweep: seeds={seeds!r}, expected how many lanes each budget gets, at least one.")
+        raise RequestError(f"sweep: seeds={seeds!r}, expected at least one lane per budget.")
     check_steps(fine_tune, "sweep: fine_tune")
     kinds = {budget.cost for budget in budgets}
     if len(kinds) != 1:
