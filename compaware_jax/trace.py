@@ -264,7 +264,7 @@ def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) 
     return flatten(
         closed,
         leaves=names,
-        ambient=closed.jaxpr.eqns[0].ctx,
+        mark=closed.jaxpr.eqns[0],
         arguments=_argument_names(apply, structs[1], structs[2]),
         output_paths=output["paths"],
         output_tree=output["tree"],
@@ -305,17 +305,17 @@ def _abstract(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def flatten(
-    closed: jex.ClosedJaxpr, leaves: tuple[str, ...], *, ambient: Any = None, **names: Any
+    closed: jex.ClosedJaxpr, leaves: tuple[str, ...], *, mark: jex.JaxprEqn | None = None, **names: Any
 ) -> Program:
     """Flatten a closed jaxpr whose first inputs are the given leaves.
 
     Args:
       closed: the jaxpr.
       leaves: their paths.
-      ambient: the context of equations for which the function chose none.
+      mark: an equation that is none of the function's, traced in the context in which it was called.
       **names: see `Program`.
     """
-    flattener = _Flattener(ambient)
+    flattener = _Flattener(mark)
     constants = [flattener.constant(c) for c in closed.consts]
     block = flattener.block(closed.jaxpr, constants)
     return Program(
@@ -323,14 +323,14 @@ def flatten(
         avals=tuple(flattener.avals),
         constants=flattener.constants,
         leaves=leaves,
-        ambient=ambient,
+        ambient=None if mark is None else mark.ctx,
         **names,
     )
 
 
 @dataclass(eq=False)
 class _Flattener:
-    ambient: Any
+    mark: jex.JaxprEqn | None
     avals: list[jax.ShapeDtypeStruct] = field(default_factory=list)
     constants: dict[int, Any] = field(default_factory=dict)
 
@@ -362,6 +362,8 @@ class _Flattener:
 
     def equations(self, jaxpr: jex.Jaxpr, env: dict[Any, int], scope: str) -> Iterator[Equation]:
         for eqn in jaxpr.eqns:
+            if eqn is self.mark:
+                continue
             inputs = tuple(self.read(env, var) for var in eqn.invars)
             stack = "/".join(s for s in (scope, str(eqn.source_info.name_stack)) if s)
             if eqn.primitive in _INLINED:
@@ -380,7 +382,7 @@ class _Flattener:
                     source=eqn,
                     bodies=tuple(self.body(inner) for inner in _bodies(eqn)),
                     scope=stack,
-                    ambient=eqn.ctx is self.ambient,
+                    ambient=self.mark is not None and eqn.ctx is self.mark.ctx,
                 )
                 if not self.fold(flat):
                     yield flat
