@@ -217,9 +217,14 @@ def test_called_in_another_context(explicit_mesh, weights):
     small, small_apply = ca.shrink(weights, plan), ca.slim(noisy, plan)
     masked = ca.expand(small, plan)
     auto = jax.sharding.Mesh(np.array(jax.devices()[:2]), "devices")
-    for context in (
-        contextlib.nullcontext(), jax.threefry_partitionable(False), jax.set_mesh(explicit_mesh),
-        jax.set_mesh(auto), contextlib.nullcontext(),
-    ):  # fmt: skip
-        with context:
+    # Made one by one: `jax.set_mesh` sets the mesh when it is called.
+    contexts = (
+        contextlib.nullcontext,
+        lambda: jax.threefry_partitionable(False),
+        lambda: jax.set_mesh(explicit_mesh),
+        lambda: jax.set_mesh(auto),
+        contextlib.nullcontext,
+    )
+    for context in contexts:
+        with context():
             np.testing.assert_allclose(small_apply(small, x), noisy(masked, x), rtol=1e-4, atol=1e-5)
