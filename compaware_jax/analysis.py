@@ -62,6 +62,13 @@ class Analysis:
             self._labels[value] = tuple(result)
         return self._labels[value]
 
+    def lines(self) -> list[np.ndarray]:
+        """Every distinct array of `labels` of some value's axis."""
+        # Many values share the very array of atoms.
+        distinct = {id(f.ids): f.ids for factors in self.factors.values() for f in factors}
+        lines = (self._line(ids)[1] for ids in distinct.values())
+        return list({labels.tobytes(): labels for labels in lines}.values())
+
     def factor(self, value: int, axis: int) -> Factor:
         """The factor that covers an axis of a value that has labels there."""
         return next(f for f in self.factors[value] if axis in f.axes)

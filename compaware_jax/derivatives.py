@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -23,12 +24,18 @@ def place(eqn: Equation) -> str | None:
     """Where JAX itself defines the function of a call together with its rule, if it does."""
     body = eqn.params["call_jaxpr"].jaxpr
     shown = getattr(getattr(body, "debug_info", None), "func_src_info", None) or ""
-    name, _, file = shown.partition(f" at {os.path.dirname(jax.__file__)}{os.sep}")
-    module = sys.modules.get("jax." + file.partition(".py")[0].replace(os.sep, "."))
     # A function of JAX's under a user's own rule shows the same place: it is plain in its module, or a call
     # inside this one.
-    own = isinstance(getattr(module, name, None), jax.custom_jvp)
-    return shown if own and not any(inner.bodies for inner in eqn.bodies[0].equations) else None
+    own = _is_of_jax(shown) and not any(inner.bodies for inner in eqn.bodies[0].equations)
+    return shown if own else None
+
+
+@cache
+def _is_of_jax(shown: str) -> bool:
+    """Whether a place is that of a function of JAX with a derivative rule."""
+    name, _, file = shown.partition(f" at {os.path.dirname(jax.__file__)}{os.sep}")
+    module = sys.modules.get("jax." + file.partition(".py")[0].replace(os.sep, "."))
+    return isinstance(getattr(module, name, None), jax.custom_jvp)
 
 
 def identity(eqn: Equation) -> tuple[Any, ...]:
@@ -82,8 +89,10 @@ def derivative_of(eqn: Equation) -> jex.ClosedJaxpr | None:
 
 def number_of(constant: Any) -> float | None:
     """A constant scalar as a real number, where it is one, or a truth value, and its value is known."""
-    kinds = np.number, np.bool_
-    if np.shape(constant) != () or not any(jnp.issubdtype(jnp.result_type(constant), k) for k in kinds):
+    if np.shape(constant) != ():
+        return None
+    dtype = constant.dtype if hasattr(constant, "dtype") else jnp.result_type(constant)
+    if not (jnp.issubdtype(dtype, np.number) or jnp.issubdtype(dtype, np.bool_)):
         return None
     try:
         number = complex(constant)

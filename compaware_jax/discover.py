@@ -325,10 +325,7 @@ def _guarded(
 ) -> tuple[np.ndarray, ...]:
     """Sets of units that make up the whole of some value's axis but no whole group."""
     sets: dict[bytes, np.ndarray] = {}
-    # Many values share the very array of labels.
-    arrays = {id(labels): labels for value in analysis.factors for labels in analysis.labels(value)}
-    distinct = {labels.tobytes(): labels for labels in arrays.values() if labels is not None}
-    for labels in distinct.values():
+    for labels in analysis.lines():
         units = unit_of_class[labels]
         if len(units) and units.min() >= 0:
             units = np.unique(units)

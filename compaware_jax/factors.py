@@ -8,6 +8,7 @@ they are solved once, at the end, by connected components.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,6 +35,8 @@ class Factor:
     def moved(self, axis_map: dict[int, int]) -> Factor:
         """The same factor with its axes renamed (and the array transposed to keep them ascending)."""
         axes = tuple(int(axis_map[a]) for a in self.axes)
+        if len(axes) == 1:
+            return Factor(axes, self.ids, self.zero)
         order = np.argsort(axes)
         return Factor(tuple(axes[i] for i in order), self.ids.transpose(order), self.zero)
 
@@ -147,7 +150,7 @@ class Ledger:
 
     def fresh(self, *shape: int) -> np.ndarray:
         """New atoms, of the given shape."""
-        start, self.size = self.size, self.size + int(np.prod(shape))
+        start, self.size = self.size, self.size + math.prod(shape)
         if self.size > len(self._flags):
             self._flags = np.concatenate([self._flags, np.zeros(self.size, bool)])
             self._doubted = np.concatenate([self._doubted, np.zeros(self.size, bool)])
@@ -155,9 +158,8 @@ class Ledger:
 
     def fix(self, ids: np.ndarray, reason: str) -> None:
         """Say that atoms never leave, and why."""
-        flat = np.unique(ids)
-        self._flags[flat] = True
-        self._fixed.append((flat, reason))
+        self._flags[ids] = True
+        self._fixed.append((ids, reason))
 
     def fresh_fixed(self, *shape: int, reason: str) -> np.ndarray:
         """New atoms that never leave."""
@@ -175,9 +177,8 @@ class Ledger:
 
     def mark_inexact(self, ids: np.ndarray, reason: str) -> None:
         """Say that removing these atoms is not what masking them does (0/0, 1/0), and why."""
-        flat = np.unique(ids)
-        self._doubted[flat] = True
-        self._inexact.append((flat, reason))
+        self._doubted[ids] = True
+        self._inexact.append((ids, reason))
 
     @property
     def doubts(self) -> int:
@@ -228,10 +229,14 @@ class Ledger:
 
 
 def _first_reasons(marks: list[tuple[np.ndarray, str]], labels: np.ndarray) -> dict[int, str]:
-    reasons: dict[int, str] = {}
-    for ids, reason in reversed(marks):
-        reasons.update(dict.fromkeys(np.unique(labels[ids]).tolist(), reason))
-    return reasons
+    """Per class with a mark the reason of its first one."""
+    if not marks:
+        return {}
+    marked = labels[np.concatenate([ids.ravel() for ids, _ in marks])]
+    classes, first = np.unique(marked, return_index=True)
+    ends = np.cumsum([ids.size for ids, _ in marks])
+    which = np.searchsorted(ends, first, side="right")
+    return {label: marks[n][1] for label, n in zip(classes.tolist(), which.tolist(), strict=True)}
 
 
 @dataclass(frozen=True, eq=False)

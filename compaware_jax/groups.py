@@ -275,7 +275,9 @@ def default_component(path: str) -> str:
 
 def leaves_of(variables: Any) -> tuple[Leaf, ...]:
     """The leaves of a variables tree, in tree order."""
-    return tuple(Leaf(path, tuple(leaf.shape), str(leaf.dtype)) for path, leaf in named_leaves(variables))
+    named = named_leaves(variables)
+    names = {dtype: str(dtype) for dtype in dict.fromkeys(leaf.dtype for _, leaf in named)}
+    return tuple(Leaf(path, tuple(leaf.shape), names[leaf.dtype]) for path, leaf in named)
 
 
 def fingerprint(leaves: Sequence[Leaf]) -> str:

@@ -193,9 +193,16 @@ def plan_units(groups: Groups, keep: Any) -> Plan:
             )
     # Fixed indices carry unit -1: the flag behind the last unit.
     flags = np.append(keep, True)
-    kept = tuple(
-        tuple(None if flags[units].all() else tuple(np.flatnonzero(flags[units]).tolist()) for units in axes)
-        for axes in groups.units_of
-    )
+    found: dict[bytes, tuple[int, ...] | None] = {}
+
+    def along(units: np.ndarray) -> tuple[int, ...] | None:
+        # Many axes carry the same units.
+        name = units.tobytes()
+        if name not in found:
+            stays = flags[units]
+            found[name] = None if stays.all() else tuple(np.flatnonzero(stays).tolist())
+        return found[name]
+
+    kept = tuple(tuple(map(along, axes)) for axes in groups.units_of)
     counts = tuple((g.name, int(keep[g.slice].sum()), g.units) for g in groups.groups)
     return Plan(groups.leaves, kept, counts, groups.released, groups.states, groups.analysis.cuts)

@@ -70,16 +70,23 @@ def expand(tree: Any, plan: Plan) -> Any:
 
 
 def _cut(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> list[Any]:
-    small = [_taken(array, plan.kept[i]) for array, i in zip(arrays, positions, strict=True)]
-    return _sent_back(small, arrays)
+    kept = _as_arrays([plan.kept[i] for i in positions])
+    return _sent_back(list(map(_taken, arrays, kept)), arrays)
 
 
 def cut_axes(array: Any, kept: Sequence[Sequence[int] | None]) -> Any:
     """An array with the kept indices of each axis (None: all), on the host where it is there."""
-    return _sent_back([_taken(array, kept)], [array])[0]
+    return _sent_back([_taken(array, *_as_arrays([kept]))], [array])[0]
 
 
-def _taken(array: Any, kept: Sequence[Sequence[int] | None]) -> Any:
+def _as_arrays(kept: Sequence[Sequence[Sequence[int] | None]]) -> list[list[np.ndarray | None]]:
+    """Kept indices as arrays; the axes of a group share one object, which is converted once."""
+    distinct = {id(index): index for axes in kept for index in axes}
+    arrays = {name: None if index is None else np.asarray(index, int) for name, index in distinct.items()}
+    return [[arrays[id(index)] for index in axes] for axes in kept]
+
+
+def _taken(array: Any, kept: Sequence[np.ndarray | None]) -> Any:
     if all(index is None for index in kept):
         return array
     if isinstance(array, jax.ShapeDtypeStruct):
@@ -88,7 +95,7 @@ def _taken(array: Any, kept: Sequence[Sequence[int] | None]) -> Any:
     small = _here(array)
     for axis, index in enumerate(kept):
         if index is not None:
-            small = small.take(np.asarray(index, int), axis=axis)
+            small = small.take(index, axis=axis)
     return small
 
 
@@ -113,39 +120,37 @@ def _sent_back(small: list[Any], arrays: Sequence[Any]) -> list[Any]:
 
 
 def _put_back(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> list[Any]:
-    def kept(leaf: int) -> tuple[np.ndarray | None, ...]:
-        return tuple(None if index is None else np.asarray(index, int) for index in plan.kept[leaf])
-
     full = []
-    for array, leaf in zip(arrays, positions, strict=True):
-        if all(index is None for index in plan.kept[leaf]):
+    kept = _as_arrays([plan.kept[i] for i in positions])
+    for array, leaf, indices in zip(arrays, positions, kept, strict=True):
+        if all(index is None for index in indices):
             full.append(array)
             continue
         if isinstance(array, jax.ShapeDtypeStruct):
             shape = plan.leaves[leaf].shape
             full.append(jax.ShapeDtypeStruct(shape, array.dtype, sharding=place_of(array, shape)))
             continue
-        full.append(scatter(_here(array), kept(leaf), plan.leaves[leaf].shape))
+        full.append(scatter(_here(array), indices, plan.leaves[leaf].shape))
     return _sent_back(full, arrays)
 
 
 def _map_plan(tree: Any, plan: Plan, change: Callable, *, full: bool, caller: str) -> Any:
     templates = _templates(plan, full)
-    found = False
+    found: dict[int, list[int]] = {}
 
-    def match(node: Any) -> list[int] | None:
-        return _match(node, plan, templates, caller)
+    def fits(node: Any) -> bool:
+        positions = _match(node, plan, templates, caller)
+        if positions is not None:
+            found[id(node)] = positions
+        return positions is not None
 
     def visit(node: Any) -> Any:
-        nonlocal found
-        positions = match(node)
-        if positions is None:
+        if id(node) not in found:
             return node
-        found = True
         leaves, structure = jax.tree.flatten(node)
-        return jax.tree.unflatten(structure, change(leaves, plan, positions))
+        return jax.tree.unflatten(structure, change(leaves, plan, found[id(node)]))
 
-    result = jax.tree.map(visit, tree, is_leaf=lambda node: match(node) is not None)
+    result = jax.tree.map(visit, tree, is_leaf=fits)
     if not found:
         raise PlanError(
             f"{caller}: no sub-tree has the leaves of the plan (fingerprint {plan.fingerprint}, "
@@ -208,7 +213,7 @@ def _match(node: Any, plan: Plan, templates: _Templates, caller: str) -> list[in
                     "shrink_optimizer."
                 )
         return None
-    if len({tuple(plan.kept[i] for i in positions) for positions in fits}) > 1:
+    if any(plan.kept[i] != plan.kept[j] for other in fits[1:] for i, j in zip(fits[0], other, strict=True)):
         raise PlanError(
             f"{caller}: the sub-tree with leaves {list(paths[:4])} fits {len(fits)} sub-trees of the plan, "
             "which keep different indices. Pass the tree around it instead, so that its place is known."

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -76,7 +77,7 @@ class Equation:
         """
         return nullcontext() if self.ambient else self.source.ctx.manager
 
-    @property
+    @cached_property
     def in_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Full shapes of the inputs."""
         return tuple(_shape(var) for var in self.source.invars)
@@ -86,23 +87,23 @@ class Equation:
         """Dtypes of the inputs."""
         return tuple(aval.dtype for aval in self.in_avals)
 
-    @property
+    @cached_property
     def in_avals(self) -> tuple[Any, ...]:
         """Abstract values of the inputs, as traced."""
         variables: Any = self.source.invars
         return tuple(var.aval for var in variables)
 
-    @property
+    @cached_property
     def out_avals(self) -> tuple[Any, ...]:
         """Abstract values of the outputs, as traced."""
         return tuple(var.aval for var in self.source.outvars)
 
-    @property
+    @cached_property
     def out_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Full shapes of the outputs."""
         return tuple(_shape(var) for var in self.source.outvars)
 
-    @property
+    @cached_property
     def where(self) -> str:
         """Primitive, module path and source line, for messages."""
         # The line's folder says nothing to a reader and differs from machine to machine.
@@ -333,21 +334,22 @@ class _Flattener:
     mark: jex.JaxprEqn | None
     avals: list[jax.ShapeDtypeStruct] = field(default_factory=list)
     constants: dict[int, Any] = field(default_factory=dict)
+    scopes: dict[Any, str] = field(default_factory=dict)
 
     def value(self, aval: Any) -> int:
         # Extended dtypes (random keys) have no numpy dtype; the aval itself is kept for them.
         self.avals.append(struct_of(aval, aval.dtype))
         return len(self.avals) - 1
 
-    def constant(self, array: Any) -> int:
-        index = self.value(jax.typeof(array))
+    def constant(self, array: Any, aval: Any = None) -> int:
+        index = self.value(jax.typeof(array) if aval is None else aval)
         self.constants[index] = array
         return index
 
     def literal(self, literal: jex.Literal) -> int:
         # A literal may be a Python scalar: it has to take the dtype that the trace gave it.
         aval: Any = literal.aval
-        return self.constant(np.asarray(literal.val, dtype=aval.dtype))
+        return self.constant(np.asarray(literal.val, dtype=aval.dtype), aval)
 
     def block(self, jaxpr: jex.Jaxpr, constants: list[int]) -> Block:
         env: dict[Any, int] = dict(zip(jaxpr.constvars, constants, strict=True))
@@ -365,7 +367,7 @@ class _Flattener:
             if eqn is self.mark:
                 continue
             inputs = tuple(self.read(env, var) for var in eqn.invars)
-            stack = "/".join(s for s in (scope, str(eqn.source_info.name_stack)) if s)
+            stack = self.joined(scope, eqn.source_info.name_stack)
             if eqn.primitive in _INLINED:
                 inner, constants = _open(eqn.params[_INLINED[eqn.primitive]])
                 inner_env = dict(zip(inner.constvars, [self.constant(c) for c in constants], strict=True))
@@ -387,6 +389,12 @@ class _Flattener:
                 if not self.fold(flat):
                     yield flat
             env.update(zip(eqn.outvars, outputs, strict=True))
+
+    def joined(self, scope: str, stack: Any) -> str:
+        """A scope and a name stack within it, as a path; neighbours mostly have the same."""
+        if (scope, stack) not in self.scopes:
+            self.scopes[scope, stack] = "/".join(s for s in (scope, str(stack)) if s)
+        return self.scopes[scope, stack]
 
     def body(self, jaxpr: Any) -> Block:
         inner, constants = _open(jaxpr)

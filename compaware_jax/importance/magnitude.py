@@ -26,8 +26,12 @@ def l2(groups: Groups, variables: Any) -> Float[Array, " units"]:
       Li et al., Pruning Filters for Efficient ConvNets, arXiv 1608.08710 (the L1 form), over whole
       coupled units as in Fang et al., DepGraph, arXiv 2301.12900.
     """
-    squares = sums_over_units(groups, variables, lambda x: (x * x.conj()).real)
+    squares = sums_over_units(groups, variables, _square)
     return floats(np.sqrt(squares) if isinstance(squares, np.ndarray) else jnp.sqrt(squares))
+
+
+def _square(x: Any) -> Any:
+    return x * x if x.dtype.kind != "c" else (x * x.conj()).real
 
 
 def lamp(groups: Groups, variables: Any) -> Float[Array, " units"]:

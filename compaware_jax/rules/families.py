@@ -190,14 +190,14 @@ def freed(
     shape: tuple[int, ...],
     factors: Sequence[Factor],
     uniform: float | None,
-    why: str,
+    eqn: Equation,
 ) -> Tracked:
-    """A `Tracked` whose size-1 axes are freed: what was selected there may not leave."""
+    """A `Tracked` whose size-1 axes are freed: what an equation selected there may not leave."""
     result = []
     for factor in factors:
         single = [pos for pos, axis in enumerate(factor.axes) if shape[axis] == 1]
         if len(single) == len(factor.axes):
-            ledger.fix(factor.ids, f"a single one of them is selected by {why}")
+            ledger.fix(factor.ids, f"a single one of them is selected by {eqn.where}")
             continue
         ids = factor.ids[tuple(0 if pos in single else slice(None) for pos in range(factor.ids.ndim))]
         axes = tuple(a for pos, a in enumerate(factor.axes) if pos not in single)

@@ -67,7 +67,7 @@ def _couple_gather(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> 
         # What is taken from an axis that stays whole stays whole.
         covered = {a for f in factors for a in f.axes} | set(passes.values())
         factors += fixed_elsewhere(ledger, eqn.out_shapes[0], covered, f"looked up by index in {eqn.where}")
-    return [freed(ledger, eqn.out_shapes[0], factors, None if filled else x.uniform, eqn.where)]
+    return [freed(ledger, eqn.out_shapes[0], factors, None if filled else x.uniform, eqn)]
 
 
 def _is_inside(eqn: Equation, known: np.ndarray | None) -> bool:
@@ -244,7 +244,7 @@ def _couple_dynamic_slice(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracke
             ids = np.take(ids, np.arange(start, start + sizes[axis]), axis=position)
         factors.append(Factor(factor.axes, ids, factor.zero))
     factors += fixed_elsewhere(ledger, eqn.out_shapes[0], passes, reason)
-    return [freed(ledger, eqn.out_shapes[0], factors, x.uniform, eqn.where)]
+    return [freed(ledger, eqn.out_shapes[0], factors, x.uniform, eqn)]
 
 
 def _slim_dynamic_slice(

@@ -20,7 +20,7 @@ from compaware_jax.trace import Equation
 
 def _renamed(ledger: Ledger, eqn: Equation, x: Tracked, axis_map: dict[int, int]) -> list[Tracked]:
     factors = [factor.moved(axis_map) for factor in x.factors]
-    return [freed(ledger, eqn.out_shapes[0], factors, x.uniform, eqn.where)]
+    return [freed(ledger, eqn.out_shapes[0], factors, x.uniform, eqn)]
 
 
 def _couple_transpose(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
@@ -133,7 +133,7 @@ def _couple_reshape(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) ->
         inside = [f for f in x.factors if set(f.axes) <= set(ins)]
         if inside and not (len(ins) == len(outs) == 1):
             factors += _merged(ledger, eqn, x.shape, ins, outs, inside)
-    return [freed(ledger, shape, factors, x.uniform, eqn.where)]
+    return [freed(ledger, shape, factors, x.uniform, eqn)]
 
 
 def _merged(

@@ -25,7 +25,7 @@ from compaware_jax.trace import Equation
 
 def _sliced(ledger: Ledger, eqn: Equation, x: Tracked, index: tuple[slice, ...], out: int) -> Tracked:
     factors = [Factor(f.axes, f.ids[tuple(index[a] for a in f.axes)], f.zero) for f in x.factors]
-    return freed(ledger, eqn.out_shapes[out], factors, x.uniform, eqn.where)
+    return freed(ledger, eqn.out_shapes[out], factors, x.uniform, eqn)
 
 
 def _positions(index: slice, size: int, kept: np.ndarray) -> np.ndarray:
@@ -115,7 +115,7 @@ def _couple_unstack(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) ->
     outputs = []
     for index, shape in zip(_unstack_indices(eqn), eqn.out_shapes, strict=True):
         factors = [Factor(f.axes, f.ids[tuple(index[a] for a in f.axes)], f.zero) for f in x.factors]
-        sliced = freed(ledger, single, factors, x.uniform, eqn.where)
+        sliced = freed(ledger, single, factors, x.uniform, eqn)
         moved = tuple(f.moved({a: a - (a > axis) for a in f.axes}) for f in sliced.factors)
         outputs.append(Tracked(shape, moved, x.uniform))
     return outputs
@@ -163,7 +163,7 @@ def _couple_pad(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
         zero = factor.zero and (whole or value.uniform == 0)
         factors.append(Factor(factor.axes, ids, zero))
     uniform = x.uniform if x.uniform == value.uniform else None
-    return [freed(ledger, eqn.out_shapes[0], factors, uniform, eqn.where)]
+    return [freed(ledger, eqn.out_shapes[0], factors, uniform, eqn)]
 
 
 def _slim_pad(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
