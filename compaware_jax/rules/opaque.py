@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import jax
 from jax import lax
-from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from compaware_jax.factors import Ledger, Tracked
 from compaware_jax.placement import dividing
 from compaware_jax.rules.families import bind, fixed_elsewhere, passed
-from compaware_jax.rules.registry import Kept, Small, register_rule
+from compaware_jax.rules.registry import Kept, Small, primitives_of, register_rule
 from compaware_jax.trace import Equation
 
 # --- random bits: drawn at full width, cut where they are used ----------------------------------------
@@ -30,15 +29,10 @@ def _slim_whole(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) 
     return bind(eqn, [x.array for x in operands])
 
 
-def _primitives_of(function: object, *args: object) -> list[Primitive]:
-    """The primitives that a function traces to: those of `jax.random` have no public name."""
-    return [eqn.primitive for eqn in jax.make_jaxpr(function)(*args).eqns]  # type: ignore[arg-type]
-
-
 _WRAPPING = [
-    *_primitives_of(jax.random.wrap_key_data, jax.ShapeDtypeStruct((2,), "uint32")),
-    *_primitives_of(jax.random.key_data, jax.eval_shape(lambda: jax.random.key(0))),
-    *_primitives_of(jax.random.clone, jax.eval_shape(lambda: jax.random.key(0))),
+    *primitives_of(jax.random.wrap_key_data, jax.ShapeDtypeStruct((2,), "uint32")),
+    *primitives_of(jax.random.key_data, jax.eval_shape(lambda: jax.random.key(0))),
+    *primitives_of(jax.random.clone, jax.eval_shape(lambda: jax.random.key(0))),
 ]
 for primitive in (
     p.random_bits_p, p.random_seed_p, p.random_split_p, p.random_fold_in_p, p.threefry2x32_p,
@@ -78,7 +72,7 @@ def _slim_reshard(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
     return [jax.sharding.reshard(x.array, sharding)]
 
 
-for primitive in _primitives_of(_resharded, jax.ShapeDtypeStruct((2,), "float32")):
+for primitive in primitives_of(_resharded, jax.ShapeDtypeStruct((2,), "float32")):
     register_rule(primitive, _couple_same, _slim_reshard)
 
 

@@ -125,6 +125,11 @@ def register_rule(
     RULES[primitive] = Rule(couple, slim, work, loose)
 
 
+def primitives_of(function: Callable, *args: object) -> list[Primitive]:
+    """The primitives that a function traces to: some have no public name."""
+    return [eqn.primitive for eqn in jax.make_jaxpr(function)(*args).eqns]
+
+
 Read = Callable[[Block, Sequence[Tracked]], "list[Tracked]"]
 """Reads a body: what is known of its inputs to what is known of its outputs."""
 

@@ -18,6 +18,7 @@ from .small_dense import (
     ResidualMLP,
     Reused,
     Scaled,
+    SortedExperts,
     Stacked,
     TiedAutoencoder,
     Unused,
@@ -212,6 +213,13 @@ ENTRIES: tuple[Entry, ...] = (
         linen(Experts(), floats(4, 5)),
         12 + 4 + 10,
         "stream 12; 4 experts with their column of the gate; 10 hidden, each in all experts",
+    ),
+    Entry(
+        "Mixture of experts, sorted",
+        "own, Flax Linen, jax.lax.ragged_dot",
+        linen(SortedExperts(), floats(6, 5)),
+        12 + 4 + 10,
+        "stream 12; 4 columns of the gate; 10 hidden, each in all experts",
     ),
     Entry(
         "Squeeze and excite",
