@@ -79,9 +79,9 @@ def is_elementwise(block: Block) -> bool:
 
 def derivative_of(eqn: Equation) -> jex.ClosedJaxpr | None:
     """The derivative rule of a call as a jaxpr of its primals and tangents; None without one."""
-    avals = [struct_of(aval, aval.dtype) for aval in eqn.in_avals]
-    if not all(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in avals):
+    if not all(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in eqn.in_avals):
         return None
+    avals = [struct_of(aval, aval.dtype) for aval in eqn.in_avals]
     return jax.make_jaxpr(lambda primals, tangents: jax.jvp(eqn.run, primals, tangents)[1])(
         tuple(avals), tuple(avals)
     )

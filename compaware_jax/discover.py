@@ -154,16 +154,20 @@ def _collect(
 
     unit_of_class = np.full(solution.count + 1, -1)
     unit_of_class[classes] = np.arange(len(classes))
+    along: dict[int, np.ndarray] = {}
     units_of, fixed = [], []
     for position, leaf in enumerate(leaves):
         value = leaf_values[position]
         per_axis = []
         for axis, labels in enumerate(analysis.labels(value)):
-            size = leaf.shape[axis]
-            units = np.full(size, -1) if labels is None else unit_of_class[labels]
-            if leaf.path in never_read:
-                units = np.full(size, -1)
-            elif labels is not None and (units < 0).any():
+            if labels is None or leaf.path in never_read:
+                per_axis.append(np.full(leaf.shape[axis], -1))
+                continue
+            # Axes that share their labels share their units.
+            if id(labels) not in along:
+                along[id(labels)] = unit_of_class[labels]
+            units = along[id(labels)]
+            if (units < 0).any():
                 fixed.append(_fixed_axis(analysis, leaf, axis, value, units))
             per_axis.append(units)
         units_of.append(tuple(per_axis))
@@ -325,16 +329,18 @@ def _guarded(
 ) -> tuple[np.ndarray, ...]:
     """Sets of units that make up the whole of some value's axis but no whole group."""
     sets: dict[bytes, np.ndarray] = {}
-    for labels in analysis.lines():
-        units = unit_of_class[labels]
-        if len(units) and units.min() >= 0:
-            units = np.unique(units)
-            sets[units.tobytes()] = units
     sizes = np.array([group.units for group in groups], int)
     group_of_unit = np.repeat(np.arange(len(sizes)), sizes)
 
     def holds_a_group(units: np.ndarray) -> bool:
-        here, count = np.unique(group_of_unit[units], return_counts=True)
+        here = group_of_unit[units]
+        if here[0] == here[-1]:
+            return bool(len(units) == sizes[here[0]])
+        here, count = np.unique(here, return_counts=True)
         return bool((count == sizes[here]).any())
 
-    return tuple(units for units in sets.values() if not holds_a_group(units))
+    for labels in analysis.lines():
+        units = unit_of_class[labels]
+        if len(units) and units.min() >= 0 and not holds_a_group(units := np.unique(units)):
+            sets[units.tobytes()] = units
+    return tuple(sets.values())

@@ -20,7 +20,7 @@ from jax.extend.core import primitives as p
 from compaware_jax.analysis import Analysis
 from compaware_jax.derivatives import derivative_of
 from compaware_jax.factors import Factor, Tracked
-from compaware_jax.placement import dividing
+from compaware_jax.placement import dividing, explicit
 from compaware_jax.propagate import analyse_seeded
 from compaware_jax.rules import REGIONS, RULES, Kept, Small
 from compaware_jax.rules.families import scatter, small_shape, take
@@ -109,7 +109,7 @@ class _Run:
         avals = [self.analysis.program.avals[v] for v in eqn.outputs]
         shapes = [small_shape(aval.shape, axes) for aval, axes in zip(avals, kept, strict=True)]
         return [
-            jnp.zeros(shape, aval.dtype, device=dividing(aval.sharding, shape))
+            jnp.zeros(shape, aval.dtype, device=dividing(explicit(aval.sharding), shape))
             for shape, aval in zip(shapes, avals, strict=True)
         ]
 

@@ -210,7 +210,8 @@ def _traced(groups: Groups, plan: Plan) -> tuple[Program, FullWidth]:
 
     # The types of the inputs may name the mesh under which the groups were found.
     with program.ambient.manager:
-        closed = jax.make_jaxpr(run)(*leaves, *(program.avals[value] for value in program.argument_values))
+        inputs = (program.avals[value] for value in program.argument_values)
+        closed = jax.make_jaxpr(run)(*leaves, *(struct_of(aval, aval.dtype) for aval in inputs))
     return flatten(closed, leaves=()), record
 
 

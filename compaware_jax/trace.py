@@ -133,7 +133,7 @@ class Program:
 
     Attributes:
       block: its equations, inputs (leaves first, then arguments) and outputs.
-      avals: shape and dtype per value id.
+      avals: abstract value per value id: shape, dtype, and sharding where it is part of the type.
       constants: value id to array, for literals and closed-over arrays.
       leaves: the paths of the variables' leaves, in the order of `block.inputs`.
       arguments: names of the other inputs, in order.
@@ -143,7 +143,7 @@ class Program:
     """
 
     block: Block
-    avals: tuple[jax.ShapeDtypeStruct, ...]
+    avals: tuple[Any, ...]
     constants: dict[int, Any]
     leaves: tuple[str, ...]
     arguments: tuple[str, ...] = ()
@@ -332,13 +332,12 @@ def flatten(
 @dataclass(eq=False)
 class _Flattener:
     mark: jex.JaxprEqn | None
-    avals: list[jax.ShapeDtypeStruct] = field(default_factory=list)
+    avals: list[Any] = field(default_factory=list)
     constants: dict[int, Any] = field(default_factory=dict)
     scopes: dict[Any, str] = field(default_factory=dict)
 
     def value(self, aval: Any) -> int:
-        # Extended dtypes (random keys) have no numpy dtype; the aval itself is kept for them.
-        self.avals.append(struct_of(aval, aval.dtype))
+        self.avals.append(aval)
         return len(self.avals) - 1
 
     def constant(self, array: Any, aval: Any = None) -> int:

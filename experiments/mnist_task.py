@@ -185,7 +185,7 @@ def uniform_widths(groups: ca.Groups, budget: float) -> np.ndarray:
 
 
 def latencies(
-    models: Mapping[str, tuple[Apply, Any]], image: jax.Array, *, rounds: int = 40
+    models: Mapping[str, tuple[Callable[..., Any], Any]], image: jax.Array, *, rounds: int = 40
 ) -> dict[str, float]:
     """Median time of one forward pass in ms; models take turns, so that drift hits all alike."""
     compiled = {name: (jax.jit(apply), v) for name, (apply, v) in models.items()}

@@ -11,6 +11,9 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import compaware_jax as ca
@@ -78,6 +81,63 @@ def test_sweep(run, tmp_path):
     assert [row["budget"] for row in rows] == ["0.1", "0.4"]
     assert all(99.5 <= float(row["of budget"].rstrip("%")) <= 100 for row in rows)
     assert (tmp_path / "sweep" / "trade_off.png").stat().st_size > 10_000
+
+
+def test_pendulum_is_swung_up_by_one_who_knows_its_state(monkeypatch):
+    """The task can be solved: what the model is taught balances the pendulum, and doing nothing does not."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    from pendulum import SIDE, expert, frames_of, move, seen, swing_up
+
+    start = jnp.stack([jnp.pi + jnp.linspace(-0.5, 0.5, 8), jnp.zeros(8)], -1)
+    state = start
+    for _ in range(150):
+        state = move(state, expert(state))
+    assert float(jnp.cos(state[:, 0]).min()) > 0.999
+    still = swing_up(lambda view: jnp.zeros(len(view)), start, 150)
+    assert float(jnp.cos(still).max()) < -0.8
+    # The camera sees the tip where it is: below the middle while it hangs, above it when upright.
+    low, high = frames_of(jnp.array([[jnp.pi, 0.0], [0.0, 0.0]]))
+    assert seen(low, high).shape == (SIDE, SIDE, 2)
+    assert low[SIDE // 2 :].sum() > 5 * low[: SIDE // 2].sum()
+    np.testing.assert_allclose(high, low[::-1], atol=1e-5)
+
+
+def test_world_model(tmp_path, monkeypatch, capsys):
+    """The tables of two models that were not trained: what is shown of them is what they are."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import world_model
+    from mnist_task import uniform_plan
+    from pendulum import WorldModel, apply, batches
+
+    batch = batches(4, jax.random.key(0))(0)
+    view, actions, frames = batch["view"], batch["actions"], batch["frames"]
+    np.testing.assert_allclose(view[..., 1], frames[:, 0])
+    variables = WorldModel().init(jax.random.key(1), view, actions)
+    groups = ca.find_groups(apply, variables, view, actions)
+    plan = uniform_plan(groups, variables, 0.1)
+    models = {
+        "dense": world_model.Model(apply, variables),
+        "uniform L2, for both": world_model.Model(ca.slim(apply, plan), ca.shrink(variables, plan), plan),
+    }
+    criteria = [
+        ca.at_least("upright", world_model.upright_of, 0.5, trainable=False),
+        ca.at_least("PSNR (dB)", world_model.psnr_of, 1.0),
+    ]
+    held_out = batch | {"start": world_model.hanging(8, jax.random.key(2))}
+    world_model.write(tmp_path, models, criteria, groups, held_out)
+
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    small = found["uniform L2, for both"]
+    assert 0.0995 <= small["left"] <= 0.1
+    assert set(small["components"]) == {"encoder", "dynamics", "decoder", "policy"}
+    assert small["upright"] < 0, "an untrained model leaves it hanging"
+    error = np.mean((np.asarray(apply(variables, view, actions)["frames"]) - frames) ** 2)
+    assert found["dense"]["PSNR (dB)"] == pytest.approx(-10 * np.log10(error), abs=1e-3)
+    shown = capsys.readouterr().out
+    assert f"{small['upright']:.3f} not kept" in shown
+    assert f"{small['components']['policy']:.1%}" in shown
+    assert ca.Plan.load(tmp_path / "plan-uniform-L2-for-both.json") == plan
+    assert (tmp_path / "swing_up.png").stat().st_size > 10_000
 
 
 def test_comparison(run, tmp_path):
