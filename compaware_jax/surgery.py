@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,13 +71,15 @@ def expand(tree: Any, plan: Plan) -> Any:
 
 
 def _cut(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> list[Any]:
-    kept = _as_arrays([plan.kept[i] for i in positions])
-    return _sent_back(list(map(_taken, arrays, kept)), arrays)
+    kept, room = _as_arrays([plan.kept[i] for i in positions]), _Room()
+    small = [_taken(array, indices, room) for array, indices in zip(arrays, kept, strict=True)]
+    return _sent_back(small, arrays)
 
 
 def cut_axes(array: Any, kept: Sequence[Sequence[int] | None]) -> Any:
     """An array with the kept indices of each axis (None: all), on the host where it is there."""
-    return _sent_back([_taken(array, *_as_arrays([kept]))], [array])[0]
+    (indices,) = _as_arrays([kept])
+    return _sent_back([_taken(array, indices, _Room())], [array])[0]
 
 
 def _as_arrays(kept: Sequence[Sequence[Sequence[int] | None]]) -> list[list[np.ndarray | None]]:
@@ -86,15 +89,36 @@ def _as_arrays(kept: Sequence[Sequence[Sequence[int] | None]]) -> list[list[np.n
     return [[arrays[id(index)] for index in axes] for axes in kept]
 
 
-def _taken(array: Any, kept: Sequence[np.ndarray | None]) -> Any:
+class _Room:
+    """Memory for an array cut along one axis only: fresh memory costs more time than the copy into it."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def array(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        """An array in it, in place of the one before."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > len(self._bytes):
+            self._bytes = np.empty(size, np.uint8)
+        return self._bytes[:size].view(dtype).reshape(shape)
+
+
+def _taken(array: Any, kept: Sequence[np.ndarray | None], room: _Room) -> Any:
     if all(index is None for index in kept):
         return array
     if isinstance(array, jax.ShapeDtypeStruct):
         shape = [size if index is None else len(index) for size, index in zip(array.shape, kept, strict=True)]
         return jax.ShapeDtypeStruct(shape, array.dtype, sharding=place_of(array, shape))
     small = _here(array)
-    for axis, index in enumerate(kept):
-        if index is not None:
+    along = [(axis, index) for axis, index in enumerate(kept) if index is not None]
+    for number, (axis, index) in enumerate(along):
+        if isinstance(small, np.ndarray):
+            shape = (*small.shape[:axis], len(index), *small.shape[axis + 1 :])
+            first = number == 0 and len(along) > 1
+            out = room.array(shape, small.dtype) if first else np.empty(shape, small.dtype)
+            # What is kept lies inside; clipping lets numpy write without a buffer of its own.
+            small = np.take(small, index, axis, out=out, mode="clip")
+        else:
             small = small.take(index, axis=axis)
     return small
 
