@@ -16,8 +16,8 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Tracked
 from compaware_jax.placement import struct_of
+from compaware_jax.program import Block, Equation
 from compaware_jax.rules import RULES
-from compaware_jax.trace import Block, Equation
 
 
 def place(eqn: Equation) -> str | None:

@@ -14,8 +14,9 @@ from compaware_jax.analysis import Analysis
 from compaware_jax.errors import TraceError
 from compaware_jax.factors import Cuts
 from compaware_jax.groups import COLLECTIONS, FixedAxis, Group, Groups, Leaf, default_component, leaves_of
+from compaware_jax.program import Program
 from compaware_jax.propagate import analyse
-from compaware_jax.trace import Program, trace
+from compaware_jax.trace import trace
 from compaware_jax.work import work_of
 
 

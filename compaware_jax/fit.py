@@ -15,7 +15,7 @@ from jax.extend.core import get_opaque_trace_state
 from compaware_jax.criteria import Apply, Criterion
 from compaware_jax.errors import DivergenceError, TraceError
 from compaware_jax.loop import digest, run_steps
-from compaware_jax.trace import named_leaves
+from compaware_jax.paths import named_leaves
 
 Loss = Callable[[Apply, Any, Any], Any]
 """``(apply, variables, batch) -> scalar``, differentiable in the variables; or ``-> (scalar, updates)``,

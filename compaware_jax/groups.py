@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from compaware_jax.analysis import Analysis
+from compaware_jax.paths import named_leaves
 from compaware_jax.tables import text_table
-from compaware_jax.trace import named_leaves
 
 # Several collections stand beside one another; a component is a module, not a collection.
 COLLECTIONS = frozenset({"params", "batch_stats", "cache", "intermediates", "state"})

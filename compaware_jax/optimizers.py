@@ -15,10 +15,11 @@ import numpy as np
 import optax
 
 from compaware_jax.errors import PlanError
+from compaware_jax.paths import named_leaves
 from compaware_jax.plan import Plan
 from compaware_jax.propagate import analyse
 from compaware_jax.surgery import cut_axes, positions_in, shrink
-from compaware_jax.trace import named_leaves, trace
+from compaware_jax.trace import trace
 
 _Ties = tuple[frozenset[tuple[int, int]], ...]
 """Per axis of a state's leaf the (leaf, axis) pairs of the parameters that it runs along."""

@@ -25,9 +25,10 @@ from compaware_jax.factors import (
     Tracked,
     combine,
 )
+from compaware_jax.program import Block, Equation, Program
 from compaware_jax.rules import REGIONS, RULES
 from compaware_jax.rules.families import fixed_elsewhere
-from compaware_jax.trace import Block, Equation, Program, flatten
+from compaware_jax.trace import flatten
 
 
 def analyse(

@@ -16,9 +16,10 @@ from compaware_jax.fit import value_and_updates
 from compaware_jax.groups import COLLECTIONS
 from compaware_jax.placement import struct_of
 from compaware_jax.plan import Plan, plan_units
+from compaware_jax.program import Program
 from compaware_jax.select import keep_units
 from compaware_jax.small_function import slim
-from compaware_jax.trace import Program, trace
+from compaware_jax.trace import trace
 
 _LOG = logging.getLogger(__name__)
 

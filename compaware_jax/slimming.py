@@ -21,10 +21,11 @@ from compaware_jax.analysis import Analysis
 from compaware_jax.derivatives import derivative_of
 from compaware_jax.factors import Factor, Tracked
 from compaware_jax.placement import dividing, explicit
+from compaware_jax.program import Block, Equation
 from compaware_jax.propagate import analyse_seeded
 from compaware_jax.rules import REGIONS, RULES, Kept, Small
 from compaware_jax.rules.families import scatter, small_shape, take
-from compaware_jax.trace import Block, Equation, flatten
+from compaware_jax.trace import flatten
 
 
 class _OutOfReachError(Exception):

@@ -16,13 +16,15 @@ from compaware_jax.analysis import Analysis
 from compaware_jax.cost import Budget, flop_cost
 from compaware_jax.errors import PlanError
 from compaware_jax.groups import Groups
+from compaware_jax.paths import named_leaves
 from compaware_jax.placement import sharding_in_type, struct_of
 from compaware_jax.plan import Plan
+from compaware_jax.program import Program
 from compaware_jax.propagate import analyse
 from compaware_jax.rules import Kept
 from compaware_jax.rules.families import take
 from compaware_jax.slimming import FullWidth, run_small
-from compaware_jax.trace import Program, flatten, named_leaves, trace
+from compaware_jax.trace import flatten, trace
 from compaware_jax.work import contraction_flops, flops_of
 
 _LOG = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import optax
 
 from compaware_jax.errors import PlanError
 from compaware_jax.groups import COLLECTIONS
+from compaware_jax.paths import named_leaves, path_name
 from compaware_jax.placement import is_spread, on_host, place_of
 from compaware_jax.plan import Plan
 from compaware_jax.rules.families import scatter
-from compaware_jax.trace import named_leaves, path_name
 
 
 def shrink(tree: Any, plan: Plan) -> Any:

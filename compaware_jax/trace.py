@@ -10,11 +10,8 @@ What depends on constants alone and is small, such as the positions of a static 
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -24,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import primitives as p
-from jax.extend.source_info_util import summarize
 
 from compaware_jax.errors import TraceError
+from compaware_jax.paths import named_leaves, path_name
 from compaware_jax.placement import struct_of
+from compaware_jax.program import Block, Equation, Program
 
 _INLINED = {p.jit_p: "jaxpr", p.remat_p: "jaxpr", p.closed_call_p: "call_jaxpr"}
 _BODIES = {
@@ -43,173 +41,6 @@ _FOLDED_SIZE = 2**20
 _MARK = np.float32(0), np.float32(0)
 # Drawing bits costs more than it tells.
 _NEVER_FOLDED = {p.random_bits_p, p.threefry2x32_p, p.rng_bit_generator_p}
-
-
-@dataclass(frozen=True, eq=False)
-class Equation:
-    """One primitive application.
-
-    Attributes:
-      primitive: the primitive object; rules are keyed by it.
-      params: its parameters, at the traced shapes.
-      inputs: value ids, literals included (they are constants of the program).
-      outputs: value ids.
-      source: the traced equation, to run it unchanged.
-      bodies: the flattened bodies of calls with custom derivatives, of loops and of branches.
-      scope: the module path in which it was traced (JAX's name stack).
-      ambient: whether it was traced in the context in which the whole function was called.
-    """
-
-    primitive: jex.Primitive
-    params: dict[str, Any]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    source: jex.JaxprEqn
-    bodies: tuple[Block, ...]
-    scope: str
-    ambient: bool
-
-    @property
-    def context(self) -> AbstractContextManager:
-        """What the function chose for this equation: a mesh, where it computes, how it draws random bits.
-
-        The caller's own choices are not fixed: they may be others at the next call.
-        """
-        return nullcontext() if self.ambient else self.source.ctx.manager
-
-    @cached_property
-    def in_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Full shapes of the inputs."""
-        return tuple(_shape(var) for var in self.source.invars)
-
-    @property
-    def in_dtypes(self) -> tuple[Any, ...]:
-        """Dtypes of the inputs."""
-        return tuple(aval.dtype for aval in self.in_avals)
-
-    @cached_property
-    def in_avals(self) -> tuple[Any, ...]:
-        """Abstract values of the inputs, as traced."""
-        variables: Any = self.source.invars
-        return tuple(var.aval for var in variables)
-
-    @cached_property
-    def out_avals(self) -> tuple[Any, ...]:
-        """Abstract values of the outputs, as traced."""
-        return tuple(var.aval for var in self.source.outvars)
-
-    @cached_property
-    def out_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Full shapes of the outputs."""
-        return tuple(_shape(var) for var in self.source.outvars)
-
-    @cached_property
-    def where(self) -> str:
-        """Primitive, module path and source line, for messages."""
-        # The line's folder says nothing to a reader and differs from machine to machine.
-        line = os.path.basename(summarize(self.source.source_info))
-        scope, line = self.scope and f" in {self.scope}", line and f" ({line})"
-        return f"`{self.primitive}`{scope}{line}"
-
-    def run(self, *operands: Any) -> list[jax.Array]:
-        """Run the traced equation unchanged, on operands of the traced shapes."""
-        with self.context:
-            results = self.primitive.bind(*operands, **self.primitive.get_bind_params(self.params))
-        return list(results) if self.primitive.multiple_results else [results]
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """A straight run of equations between inputs and outputs (value ids)."""
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    equations: tuple[Equation, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Program:
-    """A traced function.
-
-    Attributes:
-      block: its equations, inputs (leaves first, then arguments) and outputs.
-      avals: abstract value per value id: shape, dtype, and sharding where it is part of the type.
-      constants: value id to array, for literals and closed-over arrays.
-      leaves: the paths of the variables' leaves, in the order of `block.inputs`.
-      arguments: names of the other inputs, in order.
-      output_paths: tree paths of the outputs.
-      output_tree: tree structure of the outputs.
-      ambient: the context in which the function was traced; see `Equation.ambient`.
-    """
-
-    block: Block
-    avals: tuple[Any, ...]
-    constants: dict[int, Any]
-    leaves: tuple[str, ...]
-    arguments: tuple[str, ...] = ()
-    output_paths: tuple[str, ...] = ()
-    output_tree: Any = None
-    ambient: Any = None
-
-    @property
-    def leaf_values(self) -> tuple[int, ...]:
-        """Value ids of the variables' leaves."""
-        return self.block.inputs[: len(self.leaves)]
-
-    @property
-    def argument_values(self) -> tuple[int, ...]:
-        """Value ids of the other inputs."""
-        return self.block.inputs[len(self.leaves) :]
-
-    def leaves_read(self, output: int | None = None) -> list[str]:
-        """Paths of the leaves that reach an output (None: any), and not only through `stop_gradient`."""
-        needed = set(self.block.outputs if output is None else self.block.outputs[output : output + 1])
-        for eqn in reversed(self.block.equations):
-            if needed & set(eqn.outputs) and eqn.primitive is not p.stop_gradient_p:
-                needed.update(eqn.inputs)
-        return [path for path, value in zip(self.leaves, self.leaf_values, strict=True) if value in needed]
-
-    def positions(self, paths: Sequence[str]) -> list[int]:
-        """Positions of the outputs with these tree paths; others are passed over."""
-        return [i for i, path in enumerate(self.output_paths) if path in paths]
-
-    def states(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
-        """Which outputs are the next value of which leaf.
-
-        Args:
-          pairs: (output path, leaf path); sub-trees stand for all that is in them.
-
-        Returns:
-          (output position, leaf position) for every output under one of the paths whose leaf exists.
-        """
-        leaf_at = {path: i for i, path in enumerate(self.leaves)}
-        found = []
-        for position, path in enumerate(self.output_paths):
-            for output, leaf in pairs:
-                if _under(path, output):
-                    name = "/".join(part for part in (leaf, path[len(output) :].strip("/")) if part)
-                    if name in leaf_at:
-                        found.append((position, leaf_at[name]))
-                    break
-        return found
-
-
-def _under(path: str, prefix: str) -> bool:
-    return not prefix or path == prefix or path.startswith(f"{prefix}/")
-
-
-def _shape(var: Any) -> tuple[int, ...]:
-    return tuple(var.aval.shape)
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """A tree path as text, e.g. ``params/encoder/Dense_0/kernel``."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
-
-
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """Leaves of a pytree with their paths as text."""
-    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> Program:

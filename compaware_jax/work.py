@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from compaware_jax.program import Block, Equation, Program
 from compaware_jax.rules import REGIONS, RULES
-from compaware_jax.trace import Block, Equation, Program
 
 
 @dataclass(frozen=True)

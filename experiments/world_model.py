@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -62,7 +62,7 @@ class Config:
       learning_rate: of those (Adam, cosine to zero).
       batch: batch size.
       seed: of everything random.
-      name: of the folder under `out`.
+      name: of the folder under `out`; by default the budget is in it.
       out: where runs are kept.
     """
 
@@ -77,7 +77,7 @@ class Config:
     learning_rate: float = 2e-3
     batch: int = 128
     seed: int = 0
-    name: str = "world-model"
+    name: str | None = None
     out: Path = Path("runs")
 
 
@@ -120,7 +120,7 @@ def psnr_of(apply: Apply, variables: Any, batch: Batch) -> jax.Array:
 
 def main(config: Config) -> None:
     """Run the experiment and print its tables."""
-    folder = config.out / config.name
+    folder = config.out / (config.name or f"world-model-{config.budget:g}")
     checkpoints = folder / "checkpoints"
     data_key, init_key, held_key, start_key, search_key = jax.random.split(jax.random.key(config.seed), 5)
     draw = batches(config.batch, data_key)
@@ -133,7 +133,7 @@ def main(config: Config) -> None:
 
     def train(name: str, apply: Apply, variables: Any, loss: Any, steps: int, rate: float) -> Any:
         where = checkpoints / name.replace(" ", "-").replace(",", "")
-        job = {"name": name, **asdict(config), "out": str(config.out)}
+        job = {"name": name, "batch": config.batch, "seed": config.seed}
         return ca.fit(
             apply, variables, loss, draw, steps, learning_rate=rate, label=name, directory=where, job=job
         )[0]

@@ -16,10 +16,10 @@ from compaware_jax.adapters.calls import Static, hashable, split_arrays
 from compaware_jax.adapters.layers import update_attributes
 from compaware_jax.adapters.rebuilt import compare
 from compaware_jax.errors import TraceError
+from compaware_jax.paths import named_leaves
 from compaware_jax.plan import Plan
 from compaware_jax.small_function import check_small, slim
 from compaware_jax.surgery import shrink
-from compaware_jax.trace import named_leaves
 
 
 def functional(

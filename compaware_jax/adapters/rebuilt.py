@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from compaware_jax.errors import PlanError
+from compaware_jax.paths import named_leaves
 from compaware_jax.plan import Plan
 from compaware_jax.small_function import slim
 from compaware_jax.surgery import shrink
-from compaware_jax.trace import named_leaves
 
 
 def check_rebuilt(

@@ -11,9 +11,9 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.placement import dividing, explicit
+from compaware_jax.program import Equation
 from compaware_jax.rules.families import bind, fixed_elsewhere, scatter, small_shape, take
 from compaware_jax.rules.registry import Kept, Small, primitives_of, register_rule
-from compaware_jax.trace import Equation
 
 # --- dot_general --------------------------------------------------------------------------------------
 

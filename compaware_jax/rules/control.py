@@ -11,9 +11,9 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.program import Equation
 from compaware_jax.rules.families import cut
 from compaware_jax.rules.registry import REGIONS, Kept, Read, RegionRule, RunBody, Small
-from compaware_jax.trace import Equation
 
 
 def _carried(ledger: Ledger, x: Tracked) -> Tracked:

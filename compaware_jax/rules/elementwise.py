@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from jax.extend.core import primitives as p
 
+from compaware_jax.program import Equation
 from compaware_jax.rules.families import elementwise
-from compaware_jax.trace import Equation
 
 # Functions with f(0) = 0, and what only moves bits about.
 ODD = (

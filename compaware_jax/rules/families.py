@@ -12,8 +12,8 @@ from jax.extend.core import Primitive
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.placement import dividing, resharded, sharding_in_type
+from compaware_jax.program import Equation
 from compaware_jax.rules.registry import RULES, Kept, Rule, Small, register_rule
-from compaware_jax.trace import Equation
 
 ZeroTest = Callable[[Equation, Sequence[bool], Sequence[float | None]], bool]
 """Whether an element-wise result is zero, from each operand's zero flag and uniform value."""

@@ -15,9 +15,9 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
+from compaware_jax.program import Equation
 from compaware_jax.rules.families import bind, cut, fixed_elsewhere, freed, passed, take
 from compaware_jax.rules.registry import Kept, Small, register_rule
-from compaware_jax.trace import Equation
 
 # Beyond this many elements a static look-up is not followed position by position.
 _FOLLOWED_SIZE = 2**24

@@ -11,9 +11,9 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
 from compaware_jax.placement import dividing, explicit
+from compaware_jax.program import Equation
 from compaware_jax.rules.families import bind, cut, freed, small_shape
 from compaware_jax.rules.registry import Kept, Small, register_rule
-from compaware_jax.trace import Equation
 
 # --- axes renamed: transpose, squeeze, broadcast_in_dim -----------------------------------------------
 

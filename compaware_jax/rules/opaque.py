@@ -11,9 +11,9 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from compaware_jax.factors import Ledger, Tracked
 from compaware_jax.placement import dividing
+from compaware_jax.program import Equation
 from compaware_jax.rules.families import bind, fixed_elsewhere, passed
 from compaware_jax.rules.registry import Kept, Small, primitives_of, register_rule
-from compaware_jax.trace import Equation
 
 # --- random bits: drawn at full width, cut where they are used ----------------------------------------
 

@@ -9,9 +9,9 @@ from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.program import Equation
 from compaware_jax.rules.families import bind, cut
 from compaware_jax.rules.registry import Kept, Small, register_rule
-from compaware_jax.trace import Equation
 
 
 def sorting(primitive: Primitive, axis_of: Callable[[Equation], int], *, places: bool) -> None:

@@ -16,9 +16,9 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.program import Equation
 from compaware_jax.rules.families import cut, freed, take
 from compaware_jax.rules.registry import Kept, Small, register_rule
-from compaware_jax.trace import Equation
 
 # --- slice, rev, split, unstack -----------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 
 from compaware_jax.errors import RequestError
 from compaware_jax.factors import Ledger, Tracked
-from compaware_jax.trace import Block, Equation
+from compaware_jax.program import Block, Equation
 
 Kept = tuple[np.ndarray | None, ...]
 """Per axis the kept indices, ascending, or None where the axis is whole."""

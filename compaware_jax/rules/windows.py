@@ -10,9 +10,9 @@ from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.program import Equation
 from compaware_jax.rules.families import bind, cut, fixed_elsewhere, passed
 from compaware_jax.rules.registry import Kept, Small, register_rule
-from compaware_jax.trace import Equation
 
 # --- windows ------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import numpy as np
 
 import compaware_jax as ca
 from compaware_jax.law import random_keep
-from compaware_jax.trace import named_leaves
+from compaware_jax.paths import named_leaves
 
 TIGHT = 1e-10
 

@@ -16,7 +16,7 @@ from compaware_jax.adapters.rebuilt import relative_difference
 from compaware_jax.adapters.widths import surviving_blocks
 from compaware_jax.errors import PlanError
 from compaware_jax.groups import Leaf
-from compaware_jax.trace import named_leaves
+from compaware_jax.paths import named_leaves
 
 
 def test_plan_of_another_model():
