@@ -187,10 +187,11 @@ def checked_work(groups: Groups, plan: Plan, budget: Budget) -> tuple[tuple[Uncu
     over = ""
     if budget.cost == "flops" and left > budget.limit(groups):
         over = f" With it {left / flop_cost(groups).total:.0%} of the FLOPs are left, above the budget."
-    if share > 0.01 or over:
+    if ran and (share > 0.01 or over):
         _LOG.warning(
             "%.0f %% of the work still runs at full width, e.g. %s, because the small result would not be "
-            "exact.%s Result.uncut lists it all; constrain(groups, whole=...) keeps the units that cause it.",
+            "exact.%s uncut(groups, plan) lists it all; constrain(groups, whole=...) keeps whole the units "
+            "that cause it.",
             100 * share,
             ran[0].where,
             over,
