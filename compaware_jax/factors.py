@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -109,12 +109,19 @@ class LooseEnd:
         factors = []
         for factor in x.factors:
             if factor.axes == (self.axis,):
-                ledger.loosened.append(factor.ids[self.where])
                 ids = factor.ids.copy()
                 ids[self.where] = ledger.fresh_fixed(int(self.where.sum()), reason=self.reason)
+                ledger.loosened.append(Loosened(factor.ids[self.where], ids[self.where]))
                 factor = replace(factor, ids=ids)
             factors.append(factor)
         return replace(x, factors=tuple(factors))
+
+
+class Loosened(NamedTuple):
+    """Atoms that leave apart from an equation, and those that it sees in their place: these stay."""
+
+    atoms: np.ndarray
+    in_place: np.ndarray
 
 
 @dataclass(eq=False)
@@ -126,13 +133,13 @@ class Ledger:
       cuts: how joint factors are cut.
       met: choices met.
       loose: per equation the ends of its operands that leave apart from it.
-      loosened: the atoms met there.
+      loosened: what was met there.
     """
 
     size: int = 0
     cuts: Cuts = USUAL
     loose: Mapping[Any, Sequence[LooseEnd]] = field(default_factory=dict)
-    loosened: list[np.ndarray] = field(default_factory=list)
+    loosened: list[Loosened] = field(default_factory=list)
     met: set[Choice] = field(default_factory=set)
     _edges: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     _fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)

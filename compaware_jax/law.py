@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compaware_jax.errors import PlanError
 from compaware_jax.groups import Groups
 from compaware_jax.masks import apply_mask
+from compaware_jax.paths import named_leaves
 from compaware_jax.plan import plan_units
 from compaware_jax.small_function import cut_outputs, slim
 from compaware_jax.surgery import shrink
@@ -62,6 +64,10 @@ def law_errors(
     Returns:
       Relative error of the outputs, and of the gradients by the variables against their global norm (of
       a random linear function of the outputs); the largest over the plans.
+
+    Raises:
+      PlanError: outputs or gradients of the masked function are not finite on these inputs, so there is
+        nothing to compare with.
     """
 
     def loss(f: Callable[..., Any], tree: Any) -> tuple[jax.Array, Any]:
@@ -105,10 +111,22 @@ def law_errors(
             (_, expected), expected_grad = evaluate(reference)(masked)
         small = jax.jit(evaluate(slimmer(apply, plan)), **options)
         (_, got), got_grad = small(shrink(variables, plan))
+        _check_finite(expected, expected_grad)
         expected_grad = shrink(jax.device_get(expected_grad), plan)
         errors.append((distance(got, expected), distance(got_grad, expected_grad)))
     outputs, gradients = np.max(errors, axis=0).tolist()
     return outputs, gradients
+
+
+def _check_finite(outputs: Any, gradients: Any) -> None:
+    for what, tree in (("outputs", outputs), ("gradients", gradients)):
+        bad = [path for path, x in named_leaves(tree) if not np.isfinite(_number(x)).all()]
+        if bad:
+            raise PlanError(
+                f"law_errors: the {what} of the masked function are not finite at {bad[:4]}, so there is "
+                "nothing to compare the small function with. Pass inputs, or a plan, on which they are; "
+                "if they never are without some units, keep those: constrain(groups, whole=...)."
+            )
 
 
 def distance(got: Any, expected: Any) -> float:
@@ -128,7 +146,6 @@ def distance(got: Any, expected: Any) -> float:
         np.concatenate([np.ravel(_number(x)) for x in jax.tree.leaves(tree)]) for tree in (got, expected)
     )
     assert flat_got.shape == flat_expected.shape
-    assert np.isfinite(flat_expected).all()
     scale = np.linalg.norm(flat_expected)
     return float(np.linalg.norm(flat_got - flat_expected) / max(scale, 1e-5))
 

@@ -21,6 +21,7 @@ from compaware_jax.factors import (
     Factor,
     Ledger,
     LooseEnd,
+    Loosened,
     Solution,
     Tracked,
     combine,
@@ -148,6 +149,7 @@ class _Propagation:
     values: dict[int, Tracked] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     derivatives: dict[Any, bool] = field(default_factory=dict)
+    written: list[Loosened] = field(default_factory=list)
 
     def block(self, block: Block, inputs: Sequence[Tracked]) -> list[Tracked]:
         self.values.update(zip(block.inputs, inputs, strict=True))
@@ -164,9 +166,15 @@ class _Propagation:
 
     def equation(self, eqn: Equation, inputs: list[Tracked]) -> list[Tracked]:
         if eqn.primitive in RULES:
-            for end in self.ledger.loose.get(eqn, ()):
+            ends, before = self.ledger.loose.get(eqn, ()), len(self.ledger.loosened)
+            for end in ends:
                 inputs[end.operand] = end.seen(self.ledger, inputs[end.operand])
-            return RULES[eqn.primitive].couple(self.ledger, eqn, inputs)
+            outputs = RULES[eqn.primitive].couple(self.ledger, eqn, inputs)
+            if ends:
+                written = np.concatenate([f.ids.ravel() for x in outputs for f in x.factors])
+                met = self.ledger.loosened[before:]
+                self.written += [x for x in met if np.isin(x.in_place, written).any()]
+            return outputs
         if eqn.primitive in REGIONS:
             return REGIONS[eqn.primitive].couple(self.ledger, eqn, inputs, self.block)
         if eqn.bodies:
@@ -224,7 +232,12 @@ class _Propagation:
         factors = {value: x.factors for value, x in self.values.items()}
         joint = [f for fs in factors.values() for f in fs if len(f.axes) > 1]
         solution = _solve(self.ledger, joint)
-        loosened = np.concatenate([np.zeros(0, int), *self.ledger.loosened])
+        # What is not written any more is zero: so it may not be where something is singular at zero.
+        for atoms, in_place in self.written:
+            for atom, place in zip(*(solution.labels[x].tolist() for x in (atoms, in_place)), strict=True):
+                if place in solution.inexact:
+                    solution.inexact.setdefault(atom, solution.inexact[place])
+        loosened = np.concatenate([np.zeros(0, int), *(x.atoms for x in self.ledger.loosened)])
         return Analysis(
             program=program,
             factors=factors,

@@ -213,3 +213,14 @@ def test_gates_of_another_length():
         with pytest.raises(PlanError, match=r"expected one per unit, \(4,\)"):
             # Without the annotations that tests check.
             inspect.unwrap(ca.mask)(groups, gates, variables())
+
+
+def test_law_where_the_masked_function_is_not_finite():
+    def apply(v, x):
+        h = jax.nn.relu(x @ v["a"]) @ v["b"]
+        return {"h": h, "direction": h / jnp.linalg.norm(h, axis=-1, keepdims=True)}
+
+    variables = {"a": jnp.array([[1.0, -1.0], [1.0, -1.0]]), "b": jnp.ones((2, 3))}
+    groups = ca.find_groups(apply, variables, jnp.ones((1, 2)))
+    with pytest.raises(PlanError, match=r"outputs .* not finite at \['direction'\].*whole="):
+        law_errors(apply, variables, jnp.ones((1, 2)), keep=np.array([False, True]), groups=groups)

@@ -100,3 +100,32 @@ def test_compress_and_sweep_trim(problem):
     assert result.apply(result.variables, batches(0)).shape == batches(0).shape
     (point,) = ca.sweep(problem.apply, variables, tasks.loss, batches, budgets=[ca.params(0.4)], **settings)
     assert point.plan.kept[-1] == result.plan.kept[-1]
+
+
+SINGULAR = {
+    "std": lambda y: jnp.std(y, axis=0),
+    "root of the absolute": lambda y: jnp.sqrt(jnp.abs(y)),
+    "reciprocal": lambda y: 1 / y,
+    "columns of length one": lambda y: y / jnp.linalg.norm(y, axis=0),
+}
+
+
+@pytest.mark.parametrize("head", SINGULAR)
+def test_an_output_that_is_singular_at_zero_is_written(head):
+    """Without its column it would be zero, where its gradient is not finite."""
+
+    def apply(v, x):
+        return SINGULAR[head](jnp.tanh(x @ v["a"]) @ v["b"])
+
+    variables = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    groups = ca.find_groups(apply, variables, jnp.ones((5, 3)), boundary=True)
+    assert [g.axes for g in groups.groups if g.boundary] == [(("a", 0, 1),)]
+    assert "singular at zero" in next(axis.reason for axis in groups.fixed if axis.path == "b")
+
+
+def test_an_output_squared_need_not_be_written():
+    def apply(v, x):
+        return jnp.sqrt((x @ v["a"]) ** 2 + 1.0)
+
+    groups = ca.find_groups(apply, {"a": jnp.ones((3, 4))}, jnp.ones((5, 3)), boundary=True)
+    assert [g.axes for g in groups.groups] == [(("a", 0, 1),), (("a", 1, 1),)]
