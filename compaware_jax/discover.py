@@ -47,7 +47,8 @@ def find_groups(
         sub-trees stand for all that is in them. They come out cut as their leaves are. State that has left
         counts as zero at every call, as masked variables have it, whatever the call before made of it.
       within_heads: where one axis holds the heads of an attention and their channels, cut the same
-        channels of all heads instead of whole heads. (Where they are two axes, both can leave anyway.)
+        channels of all heads instead of whole heads. (Where they are two axes, both can leave anyway,
+        unless the model flattens them: then those of which more can leave.)
       boundary: also let go what kernels read of data inputs and write of outputs that stay: single rows
         and columns that no channel leaves with. The inputs and outputs keep their shape; an input
         feature is no longer read, an output feature is what its bias alone makes of it. The same holds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,7 @@ def law_errors(
     keep: np.ndarray,
     groups: Groups,
     slimmer: Callable[..., Any] = slim,
+    gradients: bool = True,
     **options: Any,
 ) -> tuple[float, float]:
     """How far the small function is from the masked one, on given inputs.
@@ -59,11 +61,13 @@ def law_errors(
       keep: units to keep, shape (units,), or (plans, units) for several plans.
       groups: what can leave.
       slimmer: makes the small function; `slim`, or what is to be compared with it.
+      gradients: whether to compare them as well; a loop of unknown length has none.
       **options: for `jax.jit`, e.g. compiler options.
 
     Returns:
       Relative error of the outputs, and of the gradients by the variables against their global norm (of
-      a random linear function of the outputs); the largest over the plans.
+      a random linear function of the outputs); the largest over the plans. Infinite where the small
+      function is not finite.
 
     Raises:
       PlanError: outputs or gradients of the masked function are not finite on these inputs, so there is
@@ -80,6 +84,8 @@ def law_errors(
         return sum(terms, jnp.zeros(())), outputs
 
     def evaluate(f: Callable[..., Any]) -> Callable[..., Any]:
+        if not gradients:
+            return lambda tree: (loss(f, tree), {})
         gradient = jax.value_and_grad(lambda t: loss(f, t), has_aux=True, allow_int=True)
 
         def run(tree: Any) -> tuple[Any, Any]:
@@ -90,6 +96,14 @@ def law_errors(
             )
 
         return run
+
+    def run(f: Callable[..., Any], compiled: Callable[..., Any], tree: Any) -> tuple[Any, Any]:
+        (_, outputs), slopes = compiled(tree)
+        if _not_finite(slopes):
+            # Compiled, the derivative of a minimum can be 0/0 (XLA computes the compared values twice, in
+            # different roundings, and finds no minimum); op by op it cannot.
+            (_, outputs), slopes = evaluate(f)(tree)
+        return outputs, slopes
 
     full = jax.jit(evaluate(apply), **options)
     cuts_outputs = bool(groups.released or groups.states)
@@ -104,24 +118,26 @@ def law_errors(
 
             full = jax.jit(evaluate(reference), **options)
         masked = apply_mask(groups, jnp.asarray(units, float), variables)
-        (_, expected), expected_grad = full(masked)
-        if not all(np.isfinite(x).all() for x in jax.tree.leaves(expected_grad)):
-            # Compiled, the derivative of a minimum can be 0/0 (XLA computes the compared values twice, in
-            # different roundings, and finds no minimum); op by op it cannot.
-            (_, expected), expected_grad = evaluate(reference)(masked)
-        small = jax.jit(evaluate(slimmer(apply, plan)), **options)
-        (_, got), got_grad = small(shrink(variables, plan))
+        expected, expected_grad = run(reference, full, masked)
+        small_apply = slimmer(apply, plan)
+        small = jax.jit(evaluate(small_apply), **options)
+        got, got_grad = run(small_apply, small, shrink(variables, plan))
+        if gradients:
+            # What left has no gradient to compare.
+            expected_grad = shrink(jax.device_get(expected_grad), plan)
         _check_finite(expected, expected_grad)
-        expected_grad = shrink(jax.device_get(expected_grad), plan)
         errors.append((distance(got, expected), distance(got_grad, expected_grad)))
     outputs, gradients = np.max(errors, axis=0).tolist()
     return outputs, gradients
 
 
+def _not_finite(tree: Any) -> list[str]:
+    return [path for path, x in named_leaves(tree) if not np.isfinite(_number(x)).all()]
+
+
 def _check_finite(outputs: Any, gradients: Any) -> None:
     for what, tree in (("outputs", outputs), ("gradients", gradients)):
-        bad = [path for path, x in named_leaves(tree) if not np.isfinite(_number(x)).all()]
-        if bad:
+        if bad := _not_finite(tree):
             raise PlanError(
                 f"law_errors: the {what} of the masked function are not finite at {bad[:4]}, so there is "
                 "nothing to compare the small function with. Pass inputs, or a plan, on which they are; "
@@ -140,14 +156,16 @@ def distance(got: Any, expected: Any) -> float:
       expected: pytree of arrays of the same shapes.
 
     Returns:
-      The relative distance.
+      The relative distance; infinite where one of them is not finite, so that no maximum passes it over.
     """
     flat_got, flat_expected = (
-        np.concatenate([np.ravel(_number(x)) for x in jax.tree.leaves(tree)]) for tree in (got, expected)
+        np.concatenate([np.zeros(0), *(np.ravel(_number(x)) for x in jax.tree.leaves(tree))])
+        for tree in (got, expected)
     )
     assert flat_got.shape == flat_expected.shape
     scale = np.linalg.norm(flat_expected)
-    return float(np.linalg.norm(flat_got - flat_expected) / max(scale, 1e-5))
+    error = float(np.linalg.norm(flat_got - flat_expected) / max(scale, 1e-5))
+    return error if np.isfinite(error) else math.inf
 
 
 def _number(array: Any) -> np.ndarray:

@@ -224,3 +224,37 @@ def test_law_where_the_masked_function_is_not_finite():
     groups = ca.find_groups(apply, variables, jnp.ones((1, 2)))
     with pytest.raises(PlanError, match=r"outputs .* not finite at \['direction'\].*whole="):
         law_errors(apply, variables, jnp.ones((1, 2)), keep=np.array([False, True]), groups=groups)
+
+
+@pytest.mark.usefixtures("x64")
+def test_law_where_the_small_function_is_not_finite():
+    """No maximum over errors may pass over what is not a number."""
+
+    def apply(v, x):
+        return jnp.tanh(x @ v["a"]) @ v["b"]
+
+    def broken(apply, plan):
+        small = ca.slim(apply, plan)
+        return lambda v, x: jnp.where(x.sum() > -99, jnp.nan, small(v, x))
+
+    variables, x = {"a": RNG.normal(size=(3, 4)), "b": RNG.normal(size=(4, 2))}, RNG.normal(size=(5, 3))
+    groups = ca.find_groups(apply, variables, x)
+    keep = np.array([1, 0, 1, 1], bool)
+    assert max(law_errors(apply, variables, x, keep=keep, groups=groups)) <= 1e-10
+    assert max(law_errors(apply, variables, x, keep=keep, groups=groups, slimmer=broken)) == np.inf
+
+
+@pytest.mark.usefixtures("x64")
+def test_law_of_a_loop_of_unknown_length():
+    def apply(v, x):
+        def body(state):
+            return jnp.tanh(jnp.tanh(state @ v["a"]) @ v["b"]) + 0.1
+
+        return jax.lax.while_loop(lambda s: jnp.abs(s).sum() < 20, lambda s: s + body(s), x)
+
+    variables, x = {"a": RNG.normal(size=(3, 4)), "b": RNG.normal(size=(4, 3))}, np.full((2, 3), 0.3)
+    groups = ca.find_groups(apply, variables, x)
+    keep = np.array([1, 0, 1, 1], bool)
+    with pytest.raises(ValueError, match="while_loop"):
+        law_errors(apply, variables, x, keep=keep, groups=groups)
+    assert law_errors(apply, variables, x, keep=keep, groups=groups, gradients=False)[0] <= 1e-10

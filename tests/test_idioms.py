@@ -109,6 +109,28 @@ def test_ragged_product_of_contracted_rows():
     assert any("summed in runs" in axis.reason for axis in groups.fixed)
 
 
+def test_layer_of_diagonal_blocks():
+    """Gates that see a width in blocks: whole blocks leave, for positions in all blocks would be fewer."""
+    shapes = {"in": (3, 8), "first": (2, 4, 4), "second": (2, 4, 4), "out": (8, 2)}
+    variables = {name: RNG.normal(size=shape) for name, shape in shapes.items()}
+
+    def gate(h, w):
+        return jax.nn.sigmoid(jnp.einsum("bni,nij->bnj", h.reshape(len(h), 2, 4), w).reshape(h.shape))
+
+    def apply(v, x):
+        h = x @ v["in"]
+        return (h * gate(h, v["first"]) * gate(h, v["second"])) @ v["out"]
+
+    groups = ca.find_groups(apply, variables, X, strict=True)
+    # The blocks of the width; and the rows that a gate reads, of which none has to be read.
+    assert [(g.units, len(g.axes)) for g in groups.groups] == [(2, 4), (4, 1), (4, 1)]
+    keep = np.array([1, 0, 1, 1, 0, 1, 0, 1, 1, 1], bool)
+    assert max(law_errors(apply, variables, X, keep=keep, groups=groups)) <= 1e-10
+    assert ca.shrink(variables, ca.plan_units(groups, keep))["in"].shape == (3, 4)
+    positions = ca.find_groups(apply, variables, X, within_heads=True)
+    assert [(g.units, len(g.axes)) for g in positions.groups] == [(4, 6)]
+
+
 @pytest.mark.parametrize("look_up", [lambda s: jnp.take(s, 0), lambda s: s[0]], ids=["take", "slice"])
 def test_a_single_element_looked_up_stays(look_up):
     def apply(v, x):

@@ -149,15 +149,20 @@ def _merged(
         reason = "reshaped from axes that are fixed"
         return [Factor((a,), ledger.fresh_fixed(eqn.out_shapes[0][a], reason=reason), True) for a in outs]
     # Two independent sets of units cannot both leave a merged axis: its rows would form a rectangle
-    # that one dense axis cannot hold. The set with more units stays free.
-    finest = max(free, key=lambda f: len(np.unique(f.ids)))
+    # that one dense axis cannot hold. The set with more units stays free, unless more leave elsewhere when
+    # it is the other one.
+    units = [len(np.unique(f.ids)) for f in free]
+    order = sorted(range(len(free)), key=lambda n: -units[n])
+    if len(free) == 2 and ledger.chosen(((units[order[0]],), (units[order[1]],))):
+        order.reverse()
+    stays = free[order[0]]
     for factor in free:
-        if factor is not finest:
-            ledger.fix(factor.ids, f"merged with a finer axis by {eqn.where}")
+        if factor is not stays:
+            ledger.fix(factor.ids, f"merged with another axis by {eqn.where}")
     sizes = [shape[a] for a in ins]
-    index = tuple(slice(None) if a in finest.axes else None for a in ins)
-    ids = np.broadcast_to(finest.ids[index], sizes)
-    return [minimal(outs, ids.reshape([eqn.out_shapes[0][a] for a in outs]), finest.zero)]
+    index = tuple(slice(None) if a in stays.axes else None for a in ins)
+    ids = np.broadcast_to(stays.ids[index], sizes)
+    return [minimal(outs, ids.reshape([eqn.out_shapes[0][a] for a in outs]), stays.zero)]
 
 
 def _slim_reshape(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
