@@ -199,6 +199,8 @@ class _Run:
         self, eqn: Equation, body: Block, operands: list[Small], kept: list[Kept]
     ) -> list[jax.Array] | None:
         """A call with its own derivative rule: body and rule both run small, or the call un-cut."""
+        if eqn.primitive is p.custom_vjp_call_p:
+            return self.call_with_backward(eqn, body, operands, kept)
         if eqn.primitive is not p.custom_jvp_call_p:
             return None
         analysis, alive = self.analysis, self.alive
@@ -221,6 +223,34 @@ class _Run:
             # before somebody takes it.
             jax.eval_shape(call if self.nested else partial(_jvp_of_zeros, call), *arrays)
         except (_OutOfReachError, _InseparableError):
+            return None
+        return call(*arrays)
+
+    def call_with_backward(
+        self, eqn: Equation, body: Block, operands: list[Small], kept: list[Kept]
+    ) -> list[jax.Array] | None:
+        """A call with a backward pass of its own: the body runs small; differentiated, the call runs un-cut.
+
+        What its forward pass saves, and how its backward pass uses that, follows no equations of the body.
+        """
+        if not all(map(self.is_scattered, eqn.inputs)):
+            return None
+        analysis, alive = self.analysis, self.alive
+        places = [(self.kept(v), analysis.program.avals[v].shape) for v in eqn.inputs]
+
+        @jax.custom_vjp
+        def call(*arrays: jax.Array) -> list[jax.Array]:
+            return _Run(analysis, alive).block(body, arrays)
+
+        def un_cut(*arrays: jax.Array) -> list[jax.Array]:
+            full = [scatter(x, index, shape) for x, (index, shape) in zip(arrays, places, strict=True)]
+            return [take(x, index) for x, index in zip(eqn.run(*full), kept, strict=True)]
+
+        call.defvjp(partial(jax.vjp, un_cut), lambda pull, cotangents: pull(cotangents))
+        arrays = [x.array for x in operands]
+        try:
+            jax.eval_shape(call, *arrays)
+        except _OutOfReachError:
             return None
         return call(*arrays)
 

@@ -109,6 +109,40 @@ def test_ragged_product_of_contracted_rows():
     assert any("summed in runs" in axis.reason for axis in groups.fixed)
 
 
+@jax.custom_vjp
+def layer(h, w):
+    """A layer with a backward pass of its own, not that of its body: twice as much for the input."""
+    return jnp.tanh(h @ w)
+
+
+layer.defvjp(
+    lambda h, w: (layer(h, w), (h, w, layer(h, w))),
+    lambda saved, g: (2 * (g * (1 - saved[2] ** 2)) @ saved[1].T, saved[0].T @ (g * (1 - saved[2] ** 2))),
+)
+
+
+@pytest.mark.parametrize("before", [jnp.tanh, jax.nn.sigmoid], ids=["zeros", "no zeros"])
+def test_backward_pass_of_its_own(before):
+    """Where zeros stand for what left, the forward pass runs small; gradients are those of the rule."""
+
+    def apply(v, x):
+        h = layer(before(x @ v["a"]), v["w"])
+        return jax.lax.scan(lambda h, _: (h + layer(h @ v["w"].T, v["w"]), None), h, length=2)[0] @ v["c"]
+
+    variables = {**VARIABLES, "w": RNG.normal(size=(6, 5)), "c": RNG.normal(size=(5, 2))}
+    groups = ca.find_groups(apply, variables, X)
+    assert groups.units == 11
+    keep = np.arange(groups.units) % 3 != 1
+    assert max(law_errors(apply, variables, X, keep=keep, groups=groups)) <= 1e-10
+    plan = ca.plan_units(groups, keep)
+    ran = [e.where for e in ca.uncut(groups, plan)]
+    assert bool(ran) == (before is jax.nn.sigmoid)
+    small = jax.make_jaxpr(ca.slim(apply, plan))(ca.shrink(variables, plan), X)
+    shapes = [v.aval.shape for e in small.eqns if "custom_vjp" in str(e.primitive) for v in e.invars]
+    full = [(4, 6), (6, 5)]
+    assert shapes == (full if ran else [(4, 4), (4, 3)])
+
+
 def test_layer_of_diagonal_blocks():
     """Gates that see a width in blocks: whole blocks leave, for positions in all blocks would be fewer."""
     shapes = {"in": (3, 8), "first": (2, 4, 4), "second": (2, 4, 4), "out": (8, 2)}
