@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,11 +44,16 @@ class Analysis:
         return self.solution.free()
 
     @cached_property
-    def units(self) -> int:
-        """How many classes of the leaves' indices may leave."""
-        found = [f.ids.ravel() for v in self.program.leaf_values for f in self.factors.get(v, ())]
-        labels = self.solution.labels[np.concatenate(found)] if found else np.zeros(0, int)
-        return int(self.free[np.unique(labels)].sum())
+    def freedom(self) -> tuple[int, int]:
+        """How many elements of the leaves may leave, and in how many classes of their indices."""
+        elements, classes = 0, [np.zeros(0, int)]
+        for value in self.program.leaf_values:
+            along = [labels for labels in self.labels(value) if labels is not None]
+            size = math.prod(self.program.avals[value].shape)
+            staying = math.prod(float(np.mean(labels < 0)) for labels in along)
+            elements += round(size * (1 - staying))
+            classes += [labels[labels >= 0] for labels in along]
+        return elements, len(np.unique(np.concatenate(classes)))
 
     def labels(self, value: int) -> tuple[np.ndarray | None, ...]:
         """Per axis of a value the class of each index (-1: fixed), or None where nothing is tracked."""

@@ -49,7 +49,8 @@ def analyse(
       states: (output position, leaf position) pairs: the output is the leaf's next value, cut as it is.
       strict: raise at a primitive without a rule instead of fixing what reaches it.
       cuts: how joint factors are cut.
-      settled: leave it at that; otherwise its choices are tried, and those that free more units taken.
+      settled: leave it at that; otherwise its choices are tried, and those taken that free more of the
+        leaves, or as much in more units.
 
     Raises:
       UnknownPrimitiveError: in strict mode, at a primitive without a rule.
@@ -58,7 +59,7 @@ def analyse(
     for choice in () if settled else sorted(best.choices):
         other = replace(best.cuts, choices=best.cuts.choices | {choice})
         trial = _analyse(Ledger(cuts=other), program, released, states, strict)
-        if trial.units > best.units:
+        if trial.freedom > best.freedom:
             best = replace(trial, choices=best.choices)
     if cuts.boundary and (loose := _loose_ends(best)):
         loosened = _analyse(Ledger(cuts=best.cuts, loose=loose), program, released, states, strict)

@@ -143,6 +143,34 @@ def test_backward_pass_of_its_own(before):
     assert shapes == (full if ran else [(4, 4), (4, 3)])
 
 
+@pytest.mark.parametrize(("heads", "channels"), [(4, 3), (2, 5)])
+def test_heads_with_a_norm_of_their_own(heads, channels):
+    """Queries and keys are normalised head by head: whole heads leave, or the same channels of all."""
+
+    def norm(x):
+        return x * lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
+    def apply(v, x):
+        q, k, u = ((x @ v[name]).reshape(2, 5, heads, channels) for name in "qku")
+        q, k = norm(q) * v["scale"], norm(k)
+        a = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+        return jnp.einsum("bhts,bshd->bthd", a, u).reshape(2, 5, -1) @ v["o"]
+
+    width = heads * channels
+    shapes = {"q": (6, width), "k": (6, width), "u": (6, width), "scale": (channels,), "o": (width, 2)}
+    variables = {name: RNG.normal(size=shape) for name, shape in shapes.items()}
+    x = RNG.normal(size=(2, 5, 6))
+    for within, together in (
+        (False, {("q", "k", "u", "o"): heads, ("scale",): channels}),
+        (True, {("q", "k", "scale"): channels, ("u", "o"): channels}),
+    ):
+        groups = ca.find_groups(apply, variables, x, within_heads=within)
+        found = {frozenset(path for path, *_ in g.axes): g.units for g in groups.groups}
+        assert found == {frozenset(paths): units for paths, units in together.items()}
+        keep = np.arange(groups.units) % 3 != 1
+        assert max(law_errors(apply, variables, x, keep=keep, groups=groups)) <= 1e-10
+
+
 def test_layer_of_diagonal_blocks():
     """Gates that see a width in blocks: whole blocks leave, for positions in all blocks would be fewer."""
     shapes = {"in": (3, 8), "first": (2, 4, 4), "second": (2, 4, 4), "out": (8, 2)}

@@ -145,7 +145,10 @@ def _cut_within(ledger: Ledger, factor: Factor, kept_axes: Sequence[int]) -> boo
     """
     kept = tuple(n for a, n in zip(factor.axes, factor.ids.shape, strict=True) if a in kept_axes)
     within = tuple(n for a, n in zip(factor.axes, factor.ids.shape, strict=True) if a not in kept_axes)
-    if np.prod(within) <= np.prod(kept) or not ledger.chosen((kept, within)):
+    usual = ledger.cuts.within_heads
+    if not usual and np.prod(within) <= np.prod(kept):
+        return False
+    if ledger.chosen((kept, within)) is usual:
         return False
     ledger.collapse(factor, [a for a in factor.axes if a not in kept_axes])
     return True
