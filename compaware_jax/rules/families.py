@@ -146,7 +146,7 @@ def _cut_within(ledger: Ledger, factor: Factor, kept_axes: Sequence[int]) -> boo
     kept = tuple(n for a, n in zip(factor.axes, factor.ids.shape, strict=True) if a in kept_axes)
     within = tuple(n for a, n in zip(factor.axes, factor.ids.shape, strict=True) if a not in kept_axes)
     usual = ledger.cuts.within_heads
-    if not usual and np.prod(within) <= np.prod(kept):
+    if not within or (not usual and np.prod(within) <= np.prod(kept)):
         return False
     if ledger.chosen((kept, within)) is usual:
         return False
