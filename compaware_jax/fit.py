@@ -149,7 +149,7 @@ class FitState(NamedTuple):
     multipliers: jax.Array
 
 
-def adam_cosine(learning_rate: float, steps: int) -> optax.GradientTransformation:
+def adam_cosine(learning_rate: float | jax.Array, steps: int) -> optax.GradientTransformation:
     """Adam with a cosine from the learning rate to zero."""
     return optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
 

@@ -19,29 +19,27 @@ kept beside those of `compare.py`. It writes `ablations.md`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import tyro
-from protocol import Config, Rates, Seed, Study, interval
+from protocol import Candidate, Config, Seed, Study, interval
 
 import compaware_jax as ca
 from compaware_jax.cost import parameter_cost
 from compaware_jax.importance import l2, within_groups
 from compaware_jax.tables import markdown_table
 
-Found = tuple[ca.Plan, Any]
 
-
-def searched(seed: Seed, budget: float, groups: ca.Groups | None = None, **changes: Any) -> Found:
+def searched(seed: Seed, budget: float, groups: ca.Groups | None = None, **changes: Any) -> Candidate:
     """The method's search with some of its settings changed."""
     method = replace(seed.config.search, **changes)
     groups = seed.all_groups if groups is None else groups
     plan, weights, _ = seed.task.search(method, seed.dense, groups, budget, seed.task.search_key)
-    return plan, weights
+    return Candidate(plan, weights)
 
 
 def latent_whole(groups: ca.Groups) -> ca.Groups:
@@ -49,12 +47,12 @@ def latent_whole(groups: ca.Groups) -> ca.Groups:
     return ca.constrain(groups, whole=[group.name for group in groups.groups if group.coupling])
 
 
-def one_coefficient(seed: Seed, budget: float) -> Found:
+def one_coefficient(seed: Seed, budget: float) -> Candidate:
     """The same share of every group but the latent, which stays whole."""
     return searched(seed, budget, latent_whole(seed.all_groups), travel=0.0)
 
 
-def by_norms(seed: Seed, budget: float, *, boundary: bool = True, whole: bool = False) -> Found:
+def by_norms(seed: Seed, budget: float, *, boundary: bool = True, whole: bool = False) -> Candidate:
     """Counts by the weights' norms from the start; the weights train along."""
     groups = seed.all_groups if boundary else seed.groups
     groups = latent_whole(groups) if whole else groups
@@ -76,14 +74,14 @@ def by_norms(seed: Seed, budget: float, *, boundary: bool = True, whole: bool = 
     return searched(seed, budget, ca.constrain(replace(groups, limits=None), floor=fixed, ceiling=fixed))
 
 
-def channels_only(seed: Seed, budget: float) -> Found:
+def channels_only(seed: Seed, budget: float) -> Candidate:
     """The method on the groups that rivals know of."""
     return searched(seed, budget, seed.groups)
 
 
 WHOLE = "the whole method"
 
-VARIANTS: dict[str, Callable[[Seed, float], Found]] = {
+VARIANTS: dict[str, Callable[..., Candidate]] = {
     WHOLE: searched,
     "without component awareness": partial(searched, travel=0.0),
     "without component awareness, latent whole": one_coefficient,
@@ -98,11 +96,6 @@ VARIANTS: dict[str, Callable[[Seed, float], Found]] = {
 }
 
 
-def tuned(seed: Seed, rates: Sequence[float], variant: str, budget: float) -> Rates:
-    """What a variant finds, after the fine-tune."""
-    return seed.tuned(rates, *VARIANTS[variant](seed, budget))
-
-
 def figures(reached: Mapping[tuple[str, float], list[float]], variant: str, budget: float) -> tuple[str, str]:
     """A variant's PSNR, and what it lost of the whole method's: seeds are compared one by one."""
     whole, without = (np.array(reached[name, budget]) for name in (WHOLE, variant))
@@ -113,7 +106,7 @@ def main(config: Config) -> None:
     """Run all variants and print the table."""
     study = Study(config)
     pairs = [(variant, b) for b in config.budgets for variant in VARIANTS]
-    study.tune({("ablation", v, b): partial(tuned, variant=v, budget=b) for v, b in pairs})
+    study.tune({("ablation", v, b): partial(VARIANTS[v], budget=b) for v, b in pairs})
     reached = {(v, b): study.reached(("ablation", v, b)) for v, b in pairs}
     rows = [[v, *(figure for b in config.budgets for figure in figures(reached, v, b))] for v in VARIANTS]
     header = ["PSNR (dB)", *(text for b in config.budgets for text in (f"{100 * b:g} %", "lost"))]

@@ -82,11 +82,11 @@ def main(args: Args) -> None:
             times[name].append(time.perf_counter() - start)
     dense = float(np.median(times["dense"]))
     lines = [
-        (name, *row, f"{np.median(times[name]) / dense:.3f}", f"{1e3 * np.median(times[name]):.0f}")
+        (name, *row, f"{np.median(times[name]) / dense:.3f}", f"{1e3 * np.median(times[name]):.3g}")
         for name, row in rows.items()
     ]
     header = ("model", "parameters", "FLOPs ratio", "widths in eights", "time ratio", "ms")
-    print(text_table(header, lines, f"ResNet-50 at {args.batch}×{args.size}², dense {1e3 * dense:.0f} ms"))
+    print(text_table(header, lines, f"ResNet-50 at {args.batch}×{args.size}², dense {1e3 * dense:.3g} ms"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,24 @@ class Cells:
         """One figure; see `all`."""
         return self.all({key: compute})[key]
 
+    def together(self, keys: Iterable[Key], compute: Callable[[list[Key]], Mapping[Key, Any]]) -> None:
+        """Compute figures in one go: those that are not finished and that no process is at.
+
+        Args:
+          keys: of the figures.
+          compute: makes those of some keys.
+        """
+        with ExitStack() as held:
+            mine = [key for key in keys if self._enter(held, key) and not self.has(key)]
+            if not mine:
+                return
+            start = time.perf_counter()
+            results = compute(mine)
+            seconds = round((time.perf_counter() - start) / len(mine), 1)
+            for key in mine:
+                self._append({"key": key, "seconds": seconds, "result": results[key]})
+            print(f"{len(mine)} figures, {seconds:.1f} s each", flush=True)
+
     def large(self, key: Key, compute: Callable[[], Any]) -> Any:
         """Something JSON-able that is too large for the record."""
 
@@ -100,6 +119,14 @@ class Cells:
                     result, seconds = compute(), round(time.perf_counter() - start, 1)
                     self._append({"key": key, "seconds": seconds, "result": result})
                     print(f"{key}: {seconds:.0f} s", flush=True)
+        except Timeout:
+            return False
+        return True
+
+    def _enter(self, held: ExitStack, key: Key) -> bool:
+        """Take the lock of a cell, unless another process has it."""
+        try:
+            held.enter_context(self._lock(key, timeout=0))
         except Timeout:
             return False
         return True

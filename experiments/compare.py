@@ -14,6 +14,7 @@ Claim: at no budget and no seed is the compressed model below any rival.
   their held-out PSNR over seeds; a rate that is 0.3 dB behind on the first seed is not tried on the others.
 * What our search adds is timed beside plain dense steps.
 
+On an accelerator, ``--lanes 64`` tunes that many models at once; several of the same command share the seeds.
 Finished cells are kept, so an interrupted comparison goes on where it was, and the same command started again
 beside it shares the work. ``--finished`` tables what is there: ``--finished --out experiments/results`` what
 is in the repository. It writes `table.md` and `compare.png`.
@@ -32,8 +33,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from cells import Key
 from mnist_task import loss
-from protocol import Config, Rates, Seed, Study, interval
+from protocol import Candidate, Config, Method, Seed, Study, interval
 from torch_rivals import RIVALS, Kept, channels, torch_rivals
 
 from compaware_jax.boundary import CALIBRATION_STEPS, EVIDENCE_STEPS
@@ -59,12 +61,14 @@ class Args(Config):
     """Settings.
 
     Attributes:
+      channels: ours without the boundary, too.
       extra: more dense steps for the best rival of each budget; ours gets what its search leaves of them.
       random_widths: allocations tried from scratch, on the first seed.
       random_budgets: where they are tried.
       finished: compute nothing, show what is finished.
     """
 
+    channels: bool = True
     extra: int = 4_000
     random_widths: int = 20
     random_budgets: tuple[float, ...] = (0.1, 0.05, 0.03)
@@ -75,21 +79,23 @@ def compute(args: Args, study: Study) -> None:
     """Everything that the table shows, budget by budget."""
     study.settle(("more dense steps",), args.extra)
     left = args.extra - search_cost(args, study)
-    for b in args.budgets:
-        study.tune(
-            {
-                (OURS, b): partial(Seed.ours, budget=b),
-                (CHANNELS, b): partial(Seed.ours, budget=b, boundary=False),
-                (OURS_ON, b): partial(Seed.ours, budget=b, more=left),
-                (UNIFORM, b): partial(uniform_from_scratch, budget=b),
-            }
-        )
-        study.tune({(SCRATCH, b): partial(ours_from_scratch, budget=b)})
+    # With lanes, all budgets at once.
+    for budgets in [args.budgets] if args.lanes > 1 else [(b,) for b in args.budgets]:
+        work: dict[Key, Method] = {}
+        for b in budgets:
+            work[OURS, b] = partial(Seed.ours, budget=b)
+            if args.channels:
+                work[CHANNELS, b] = partial(Seed.ours, budget=b, boundary=False)
+            work[OURS_ON, b] = partial(Seed.ours, budget=b, more=left)
+            work[UNIFORM, b] = partial(uniform_from_scratch, budget=b)
+        study.tune(work)
+        study.tune({(SCRATCH, b): partial(ours_from_scratch, budget=b) for b in budgets})
         if args.torch_python:
-            rivals(args, study, b)
-        if b in args.random_budgets:
-            random_widths(args, study, b)
-    study.tune({("dense more",): lambda s, rates: s.tuned(rates, None, s.dense)})
+            rivals(args, study, budgets)
+        for b in args.random_budgets:
+            if b in budgets:
+                random_widths(args, study, b)
+    study.tune({("dense more",): lambda seed: Candidate(None, seed.dense)})
 
 
 def search_cost(args: Args, study: Study) -> int:
@@ -99,17 +105,17 @@ def search_cost(args: Args, study: Study) -> int:
     return 100 * math.ceil((trim + args.search.steps * times["search"] / times["dense"]) / 100)
 
 
-def uniform_from_scratch(seed: Seed, rates: Sequence[float], budget: float) -> Rates:
+def uniform_from_scratch(seed: Seed, budget: float) -> Candidate:
     """Fresh weights at uniform widths."""
-    return seed.tuned(rates, seed.plan_of(seed.uniform(budget), seed.fresh), seed.fresh)
+    return Candidate(seed.plan_of(seed.uniform(budget), seed.fresh), seed.fresh)
 
 
-def ours_from_scratch(seed: Seed, rates: Sequence[float], budget: float) -> Rates:
+def ours_from_scratch(seed: Seed, budget: float) -> Candidate:
     """Fresh weights at the plan that our search found."""
-    return seed.tuned(rates, seed.our_plan(budget), seed.fresh)
+    return Candidate(seed.our_plan(budget), seed.fresh)
 
 
-def rivals(args: Args, study: Study, budget: float) -> None:
+def rivals(args: Args, study: Study, budgets: Sequence[float]) -> None:
     """Torch-Pruning on the same dense weights; the best of them also after more dense steps."""
 
     def kept(seed: Seed, later: bool) -> Kept:
@@ -121,28 +127,32 @@ def rivals(args: Args, study: Study, budget: float) -> None:
     def start(seed: Seed, later: bool) -> Any:
         return seed.trained_on(args.extra) if later else seed.dense
 
-    def tuned(seed: Seed, rates: Sequence[float], name: str, later: bool) -> Rates:
-        plan = seed.kept_by(channels(seed, kept(seed, later)[name][f"{budget:g}"]))
-        return seed.tuned(rates, plan, start(seed, later))
+    def method(name: str, budget: float, later: bool) -> Method:
+        def made(seed: Seed) -> Candidate:
+            plan = seed.kept_by(channels(seed, kept(seed, later)[name][f"{budget:g}"]))
+            return Candidate(plan, start(seed, later))
 
-    able = [n for n in RIVALS if all(f"{budget:g}" in kept(s, False).get(n, {}) for s in study.seeds)]
-    study.tune({(name, budget): partial(tuned, name=name, later=False) for name in able})
-    best = max(able, key=lambda name: np.mean(study.reached((name, budget))))
-    study.tune({(TRAINED_ON, budget): partial(tuned, name=best, later=True)})
+        return made
+
+    able = {
+        b: [n for n in RIVALS if all(f"{b:g}" in kept(s, False).get(n, {}) for s in study.seeds)]
+        for b in budgets
+    }
+    study.tune({(name, b): method(name, b, False) for b in budgets for name in able[b]})
+    best = {b: max(able[b], key=lambda name, b=b: np.mean(study.reached((name, b)))) for b in budgets}
+    study.tune({(TRAINED_ON, b): method(best[b], b, True) for b in budgets})
 
 
 def random_widths(args: Args, study: Study, budget: float) -> None:
     """Random allocations from scratch: all on the first seed, the best of them on the others."""
 
-    def tuned(seed: Seed, rates: Sequence[float], number: int) -> Rates:
-        return seed.tuned(rates, seed.plan_of(seed.random(budget, number), seed.fresh), seed.fresh)
+    def made(seed: Seed, number: int) -> Candidate:
+        return Candidate(seed.plan_of(seed.random(budget, number), seed.fresh), seed.fresh)
 
     first, numbers = study.seeds[0], range(args.random_widths)
-    tried = study.cells.all(
-        {("random", budget, n, 0): partial(tuned, first, study.rates, n) for n in numbers}
-    )
-    best = max(numbers, key=lambda n: max(tried["random", budget, n, 0].values()))
-    study.tune({(RANDOM, budget): partial(tuned, number=best)})
+    study.tune_on(first, {("random", budget, n): partial(made, number=n) for n in numbers})
+    best = max(numbers, key=lambda n: max(study.figures(("random", budget, n), first).values()))
+    study.tune({(RANDOM, budget): partial(made, number=best)})
 
 
 def step_times(seed: Seed) -> dict[str, float]:

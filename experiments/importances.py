@@ -11,7 +11,7 @@ rates, as in `compare.py`, whose settings these are. It writes `importances.md`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from mnist_task import loss, psnr_of
-from protocol import Config, Rates, Seed, Study, interval
+from protocol import Candidate, Config, Seed, Study, interval
 
 import compaware_jax as ca
 from compaware_jax import importance
@@ -108,14 +108,14 @@ def trained(seed: Seed) -> Trained:
     return Trained(seed)
 
 
-def tuned(seed: Seed, rates: Sequence[float], name: str, widths: str, budget: float) -> Rates:
-    """What an importance keeps, after the fine-tune."""
+def kept_by(seed: Seed, name: str, widths: str, budget: float) -> Candidate:
+    """What an importance keeps."""
     if widths == "uniform":
         counts = seed.uniform(budget)
     else:
         counts = np.array([kept for _, kept, _ in seed.our_plan(budget, boundary=False).counts])
     plan = seed.kept_by(keep_units(seed.groups, np.asarray(IMPORTANCES[name](trained(seed))), counts))
-    return seed.tuned(rates, plan, seed.dense)
+    return Candidate(plan, seed.dense)
 
 
 def main(config: Config) -> None:
@@ -124,7 +124,7 @@ def main(config: Config) -> None:
     columns = [(widths, b) for b in config.budgets for widths in ("uniform", "ours")]
     cells = {("importance", n, *at): at for at in columns for n in IMPORTANCES}
     study.tune(
-        {key: partial(tuned, name=key[1], widths=widths, budget=b) for key, (widths, b) in cells.items()}
+        {key: partial(kept_by, name=key[1], widths=widths, budget=b) for key, (widths, b) in cells.items()}
     )
     rows = [[n, *(interval(study.reached(("importance", n, *at))) for at in columns)] for n in IMPORTANCES]
     header = ["PSNR (dB)", *(f"{100 * b:g} %, {widths} widths" for widths, b in columns)]

@@ -1,8 +1,12 @@
 """The protocol of all comparisons: what everyone starts from, and the same fine-tune for everyone.
 
-A seed fixes the dense weights, the order of the data and the search. A model is tuned at several learning
-rates at once (they are lanes of a vmap); a method's figure is its mean over seeds at the rate that is best
-for it. The first seed tries all rates, the others those that came near the best there.
+A seed fixes the dense weights, the order of the data and the search. A method makes a candidate: a plan and
+the weights that it starts from. It is tuned at several learning rates at once (they are lanes of a vmap); a
+method's figure is its mean over seeds at the rate that is best for it. The first seed tries all rates, the
+others those that came near the best there.
+
+With ``--lanes`` many candidates are tuned at once, masked at full width, which by the law is the same: for an
+accelerator, which one small model leaves idle. Then every seed tries all rates.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +43,24 @@ Rates = dict[str, float]
 """Held-out PSNR by learning rate."""
 
 
+class Candidate(NamedTuple):
+    """What a method makes of a dense model, to be tuned.
+
+    Attributes:
+      plan: what is kept; None for the whole model.
+      start: the weights at full width.
+      notes: what its cell holds beside the figures.
+    """
+
+    plan: ca.Plan | None
+    start: Any
+    notes: Mapping[str, Any] | None = None
+
+    def cell(self, psnr: Rates) -> Any:
+        """The content of its cell."""
+        return {"psnr": psnr, **self.notes} if self.notes else psnr
+
+
 @dataclass(frozen=True)
 class Config:
     """Settings.
@@ -53,6 +75,7 @@ class Config:
       search: settings of ours.
       fine_tune: steps after pruning, for everyone; default that of the main experiment.
       batch: batch size.
+      lanes: models tuned at once, masked; 1 for one candidate after the other, made small.
       torch_python: Python of an environment with torch and torch-pruning; without it, no such rivals.
       out: where runs are kept.
     """
@@ -66,6 +89,7 @@ class Config:
     search: ca.GradientSearch = field(default_factory=ca.GradientSearch)
     fine_tune: int | None = None
     batch: int = 128
+    lanes: int = 1
     torch_python: str | None = None
     out: Path = Path("runs/compare")
 
@@ -128,67 +152,93 @@ class Seed:
         """Pixels that are read or written as well."""
         return self.task.groups(self.fresh)
 
-    def tuned(self, rates: Sequence[float], plan: ca.Plan | None, start: Any) -> Rates:
-        """Held-out PSNR by learning rate after the fine-tune of what a plan keeps of the weights."""
+    def tuned(self, candidate: Candidate, rates: Sequence[float]) -> Rates:
+        """Held-out PSNR by learning rate after the fine-tune of a candidate, made small."""
+        plan, start, _ = candidate
         apply = self.task.model.apply if plan is None else ca.slim(self.task.model.apply, plan)
         start = start if plan is None else ca.shrink(start, plan)
-        lanes, chunk = jnp.array(rates), math.gcd(self.steps, CHUNK)
+        starts = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(rates)), start)
+        found = self._trained(lambda _: apply, jnp.zeros(len(rates)), starts, rates)
+        return {f"{rate:g}": psnr for rate, psnr in zip(rates, found, strict=True)}
 
-        def rule(rate: jax.Array) -> Any:
-            return fit_step(apply, loss, self.task.batches, adam_cosine(rate, self.steps))  # type: ignore[arg-type]
+    def tuned_together(self, candidates: Sequence[Candidate], rates: Sequence[float]) -> list[Rates]:
+        """What `tuned` gives of each, all at once and masked at full width."""
+        lanes = [(c, rate) for c in candidates for rate in rates]
+        masked = [_masked(candidate) for candidate, _ in lanes]
+        masks, starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *masked)
+        found = self._trained(self._under, masks, starts, [rate for _, rate in lanes])
+        figures = np.reshape(found, (len(candidates), len(rates))).tolist()
+        return [{f"{rate:g}": psnr for rate, psnr in zip(rates, row, strict=True)} for row in figures]
+
+    def _under(self, mask: Any) -> Any:
+        """The model, its variables masked."""
+        apply = self.task.model.apply
+        return lambda variables, *args: apply(jax.tree.map(jnp.multiply, mask, variables), *args)
+
+    def _trained(self, model: Callable[[Any], Any], setting: Any, starts: Any, rates: Any) -> list[float]:
+        """Held-out PSNR per lane after the fine-tune.
+
+        Args:
+          model: from a lane's setting to its function.
+          setting: of the lanes, stacked.
+          starts: weights of the lanes, stacked.
+          rates: learning rates of the lanes.
+        """
+        lanes, chunk = (setting, jnp.array(rates)), math.gcd(self.steps, CHUNK)
+
+        def rule(lane: Any) -> Any:
+            setting, rate = lane
+            optimizer = adam_cosine(rate, self.steps)
+            return fit_step(model(setting), loss, self.task.batches, optimizer)
 
         @jax.jit
-        def run(states: Any, first: jax.Array) -> Any:
+        def run(lanes: Any, states: Any, first: jax.Array) -> Any:
             def step(states: Any, index: jax.Array) -> Any:
-                return jax.vmap(lambda rate, state: rule(rate)[1](state, index)[0])(lanes, states), None
+                return jax.vmap(lambda lane, state: rule(lane)[1](state, index)[0])(lanes, states), None
 
             return jax.lax.scan(step, states, first + jnp.arange(chunk))[0]
 
-        states = jax.vmap(lambda rate: rule(rate)[0](start))(lanes)
-        for first in range(0, self.steps, chunk):
-            states = run(states, jnp.asarray(first))
-        measure = jax.jit(lambda v: psnr_of(apply, v, self.task.held_out))
-        return {
-            f"{rate:g}": float(measure(jax.tree.map(lambda x, i=i: x[i], states.variables)))
-            for i, rate in enumerate(rates)
-        }
+        @jax.jit
+        def measure(lanes: Any, variables: Any) -> jax.Array:
+            held_out = self.task.held_out
+            return jax.lax.map(lambda at: psnr_of(model(at[0][0]), at[1], held_out), (lanes, variables))
 
-    def ours(
-        self, rates: Sequence[float], budget: float, *, boundary: bool = True, more: int = 0
-    ) -> dict[str, Any]:
-        """What `compress` does with its defaults, fine-tuned as the rivals are.
+        states = jax.vmap(lambda lane, start: rule(lane)[0](start))(lanes, starts)
+        for first in range(0, self.steps, chunk):
+            states = run(lanes, states, jnp.asarray(first))
+        return np.asarray(measure(lanes, states.variables)).tolist()
+
+    def ours(self, budget: float, *, boundary: bool = True, more: int = 0) -> Candidate:
+        """What `compress` finds with its defaults.
 
         Args:
-          rates: learning rates of the fine-tune.
           budget: share of the parameters.
           boundary: pixels may leave as well.
           more: dense steps before.
 
         Returns:
-          A cell's content: "psnr" by learning rate, "kept" per group, "seconds" of the search.
+          The candidate; it notes what is "kept" per group, and "seconds" of the search.
         """
-        plan, weights, seconds = self._search(budget, boundary, more)
-        if not more:
-            # Read by `our_plan`; too large for the record.
-            self.cells.large(self._plan_key(budget, boundary), plan.to_json)
+
+        def search() -> dict[str, Any]:
+            groups = self.all_groups if boundary else self.groups
+            start = self.trained_on(more) if more else self.dense
+            plan, weights, seconds = self.task.search(
+                self.config.search, start, groups, budget, self.task.search_key
+            )
+            return {"plan": plan.to_json(), "seconds": round(seconds, 1), "weights": weights}
+
+        key = ("searched" if boundary else "searched, channels only", budget, more, self.seed)
+        found = self.cells.arrays(key, {"plan": "", "seconds": 0.0, "weights": self.fresh}, search)
+        plan = ca.Plan.from_json(str(found["plan"]))
         kept = [n for _, n, _ in plan.counts]
-        return {"psnr": self.tuned(rates, plan, weights), "kept": kept, "seconds": round(seconds, 1)}
+        return Candidate(plan, found["weights"], {"kept": kept, "seconds": float(found["seconds"])})
 
     def our_plan(self, budget: float, *, boundary: bool = True) -> ca.Plan:
         """The plan that our search finds."""
-        return ca.Plan.from_json(
-            self.cells.large(
-                self._plan_key(budget, boundary), lambda: self._search(budget, boundary, 0)[0].to_json()
-            )
-        )
-
-    def _search(self, budget: float, boundary: bool, more: int) -> tuple[ca.Plan, Any, float]:
-        groups = self.all_groups if boundary else self.groups
-        start = self.trained_on(more) if more else self.dense
-        return self.task.search(self.config.search, start, groups, budget, self.task.search_key)
-
-    def _plan_key(self, budget: float, boundary: bool) -> Key:
-        return ("plan" if boundary else "plan, channels only", budget, self.seed)
+        plan = self.ours(budget, boundary=boundary).plan
+        assert plan is not None
+        return plan
 
     def kept_by(self, units: np.ndarray) -> ca.Plan:
         """The plan that keeps channels, as rivals name them."""
@@ -212,6 +262,18 @@ class Seed:
         return round_counts(cost, share, ca.params(budget).limit(groups))
 
 
+Method = Callable[[Seed], Candidate]
+"""What makes a candidate of a seed's dense model."""
+
+
+def _masked(candidate: Candidate) -> tuple[Any, Any]:
+    """A candidate's mask, and its start under it."""
+    plan, start, _ = candidate
+    ones = jax.tree.map(jnp.ones_like, start)
+    mask = ones if plan is None else ca.expand(ca.shrink(ones, plan), plan)
+    return mask, jax.tree.map(jnp.multiply, mask, start)
+
+
 class Study:
     """The cells and seeds of a comparison; experiments with the same settings share them.
 
@@ -227,7 +289,7 @@ class Study:
             source = Task(config.data, config.model, batch=config.batch, seed=0).data.source
         self.folder = config.out / f"{config.model}-{source}"
         self.cells = Cells(self.folder)
-        self.rates = config.rates
+        self.rates, self.lanes = config.rates, config.lanes
         # Keys do not name them.
         named = ("dense_steps", "search", "fine_tune", "batch", "rates")
         self.settle(("settings",), {name: str(getattr(config, name)) for name in named})
@@ -246,19 +308,53 @@ class Study:
                 "Give --out another folder."
             )
 
-    def tune(self, work: Mapping[Key, Callable[[Seed, Sequence[float]], Any]]) -> None:
-        """Figures of models: at all learning rates on the first seed, at the near ones on the others.
+    def tune(self, work: Mapping[Any, Method]) -> None:
+        """Figures of methods: at all learning rates on the first seed, at the near ones on the others.
 
         Args:
-          work: by what identifies a model but its seed, what tunes it: from a seed and learning rates to
-            `Rates`, or to an object with them as its "psnr".
+          work: by what identifies a candidate but its seed, the method that makes it.
         """
+        if self.lanes > 1:
+            # Seed by seed, so that several processes take a seed each.
+            for seed in self.seeds:
+                self.tune_at_once(seed, work)
         first, *others = self.seeds
-        self.cells.all({(*key, 0): partial(run, first, self.rates) for key, run in work.items()})
+        self.tune_on(first, work)
         near = {key: near_best(self.figures(key, first)) for key in work}
         self.cells.all(
-            {(*key, s.seed): partial(run, s, near[key]) for key, run in work.items() for s in others}
+            {
+                (*key, s.seed): partial(self._one, method, s, near[key])
+                for key, method in work.items()
+                for s in others
+            }
         )
+
+    def tune_on(self, seed: Seed, work: Mapping[Any, Method]) -> None:
+        """Figures of methods at all learning rates on one seed."""
+        if self.lanes > 1:
+            self.tune_at_once(seed, work)
+        self.cells.all(
+            {(*key, seed.seed): partial(self._one, method, seed, self.rates) for key, method in work.items()}
+        )
+
+    def tune_at_once(self, seed: Seed, work: Mapping[Any, Method]) -> None:
+        """Figures on one seed, many at once: those that are not finished and that no process is at."""
+
+        def compute(keys: list[Key]) -> dict[Key, Any]:
+            candidates = {key: work[key[:-1]](seed) for key in keys}
+            figures = seed.tuned_together([*candidates.values()], self.rates)
+            return {k: c.cell(psnr) for (k, c), psnr in zip(candidates.items(), figures, strict=True)}
+
+        # In equal parts, which one compiled program suits; each is finished for itself.
+        keys = [(*key, seed.seed) for key in work]
+        size = math.ceil(len(keys) / math.ceil(len(keys) * len(self.rates) / self.lanes))
+        for at in range(0, len(keys), size):
+            self.cells.together(keys[at : at + size], compute)
+
+    @staticmethod
+    def _one(method: Method, seed: Seed, rates: Sequence[float]) -> Any:
+        candidate = method(seed)
+        return candidate.cell(seed.tuned(candidate, rates))
 
     def figures(self, key: Key, seed: Seed) -> Rates:
         """What `tune` found for a model and a seed."""

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import tyro
-from protocol import Config, Seed, Study
+from protocol import Candidate, Config, Seed, Study
 
 import compaware_jax as ca
 from compaware_jax.coefficients import SearchMethod
@@ -41,7 +41,8 @@ def found_by(seed: Seed, method: SearchMethod, budget: float) -> dict[str, Any]:
         method, seed.dense, seed.all_groups, budget, seed.task.search_key
     )
     kept = [n for _, n, _ in plan.counts]
-    return {"psnr": seed.tuned(seed.config.rates, plan, weights), "kept": kept, "seconds": round(seconds, 1)}
+    candidate = Candidate(plan, weights, {"kept": kept, "seconds": round(seconds, 1)})
+    return candidate.cell(seed.tuned(candidate, seed.config.rates))
 
 
 def main(args: Args) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from protocol import Config, Rates, Study
+from protocol import Candidate, Config, Rates, Study
 from torch_rivals import channels, torch_rivals
 
 from compaware_jax.cost import parameter_cost
@@ -67,7 +67,7 @@ def main(args: Args) -> None:
         return best >= args.threshold
 
     def of_ours(budget: float) -> Rates:
-        return seed.ours(study.rates, budget)["psnr"]
+        return seed.tuned(seed.ours(budget), study.rates)
 
     found = {"ours": first_that_works(budgets, partial(works, "ours", of_ours))}
     if args.torch_python:
@@ -77,7 +77,7 @@ def main(args: Args) -> None:
 
             def theirs(budget: float, at: Any = at) -> Rates:
                 plan = seed.kept_by(channels(seed, at[f"{budget:g}"]))
-                return seed.tuned(study.rates, plan, seed.dense)
+                return seed.tuned(Candidate(plan, seed.dense), study.rates)
 
             reached = [b for b in budgets if f"{b:g}" in at]
             found[rival] = first_that_works(reached, partial(works, rival, theirs))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -98,24 +99,48 @@ def study(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXPERIMENTS)
     from protocol import Config, Study
 
-    return lambda **settings: Study(Config(data="embedded", seeds=3, out=tmp_path, **settings))
+    return lambda **settings: Study(Config(**{"data": "embedded", "seeds": 3, "out": tmp_path} | settings))
 
 
-def test_rates_far_behind_are_not_tried_again(study):
+def test_rates_far_behind_are_not_tried_again(study, monkeypatch):
     """The best one of all seeds counts, be it not the first seed's; each figure is computed once."""
+    from protocol import Candidate, Seed
+
     tried = []
 
-    def run(seed, rates):
+    def tuned(seed, candidate, rates):
         tried.append((seed.seed, tuple(rates)))
-        return {"psnr": {f"{rate:g}": PSNR[seed.seed][rate] for rate in rates}, "kept": [1]}
+        return {f"{rate:g}": PSNR[seed.seed][rate] for rate in rates}
 
+    monkeypatch.setattr(Seed, "tuned", tuned)
     for _ in range(2):
         found = study()
         assert not tried or found.reached(("model",))
-        found.tune({("model",): run})
+        found.tune({("model",): lambda seed: Candidate(None, None, {"kept": [1]})})
     assert tried == [(0, (1e-3, 2e-3, 4e-3)), (1, (2e-3, 4e-3)), (2, (2e-3, 4e-3))]
     assert found.reached(("model",)) == [20.8, 22.0, 21.5]
+    assert found.cells.read(("model", 0))["kept"] == [1]
     assert found.reached(("another",)) == []
+
+
+def test_lanes_give_what_one_by_one_gives(study, tmp_path):
+    """Masked at full width, many at once: by the law the same figures; of the whole model, too."""
+    from protocol import Candidate
+
+    def uniform(seed, share):
+        return Candidate(seed.plan_of(seed.uniform(share), seed.fresh), seed.fresh, {"share": share})
+
+    work = {("uniform", share): partial(uniform, share=share) for share in (0.05, 0.1, 0.3)}
+    work["whole",] = lambda seed: Candidate(None, seed.fresh)
+    found = {}
+    for lanes in (1, 3):
+        run = study(lanes=lanes, fine_tune=20, rates=(2e-3, 4e-3), out=tmp_path / str(lanes))
+        run.tune_on(run.seeds[0], work)
+        found[lanes] = [run.figures(key, run.seeds[0]) for key in work]
+        assert run.cells.read(("uniform", 0.1, 0))["share"] == 0.1
+    for one, many in zip(found[1], found[3], strict=True):
+        assert many == pytest.approx(one, abs=1e-3)
+    assert len({round(figures["0.002"], 2) for figures in found[1]}) == 4, "they are four models"
 
 
 def test_figures_of_other_settings_are_refused(study):
