@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from mnist_task import Preset
@@ -68,7 +69,9 @@ def torch_rivals(seed: Seed, weights: Any, budgets: Sequence[float]) -> Kept:
     """
     config = seed.config
     images = seed.task.batches(jnp.asarray(0))["image"]
-    outputs = seed.task.model.apply(weights, images)["image"]
+    with jax.default_matmul_precision("highest"):
+        # It checks that its model gives the same; accelerators multiply float32 in fewer bits by default.
+        outputs = seed.task.model.apply(weights, images)["image"]
     arrays = {"images": np.asarray(images), "outputs": np.asarray(outputs), "latent": LATENT[config.model]}
     script = Path(__file__).parent / "peers/torch_prune.py"
     with tempfile.TemporaryDirectory() as folder:

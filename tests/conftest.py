@@ -20,7 +20,22 @@ import pytest
 from jaxtyping import install_import_hook
 
 mpl.use("Agg")
+if jax.default_backend() != "cpu":
+    # There, products of float32 are of fewer bits by default; for what tests start as well.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    jax.config.update("jax_default_matmul_precision", os.environ["JAX_DEFAULT_MATMUL_PRECISION"])
 install_import_hook("compaware_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def environment():
+    """Of a process that also imports from folders."""
+
+    def of(*folders):
+        path = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+
+    return of
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Finished cells of experiments: computed once, by whoever is first, and never lost."""
 
 import json
-import os
 import subprocess
 import sys
 from functools import partial
@@ -42,10 +41,9 @@ assert found == {("square", n): n**2 for n in range(12)}
 """
 
 
-def test_processes_share_the_work(tmp_path):
+def test_processes_share_the_work(tmp_path, environment):
     command = [sys.executable, "-c", SHARE, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(EXPERIMENTS)}
-    workers = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    workers = [subprocess.Popen(command, env=environment(EXPERIMENTS)) for _ in range(2)]
     assert [worker.wait() for worker in workers] == [0, 0]
     calls = (tmp_path / "calls").read_text().split()
     assert sorted(map(int, calls)) == list(range(12)), "each is computed once"

@@ -217,7 +217,7 @@ small = {k: {n: x.tolist() for n, x in v.items()} for k, v in result.variables.i
 """
 
 
-def test_killed_and_started_again(tmp_path):
+def test_killed_and_started_again(tmp_path, environment):
     """kill -9 in the search and again in the fine-tune: the same files, bit for bit."""
 
     def start(name):
@@ -225,9 +225,10 @@ def test_killed_and_started_again(tmp_path):
         folder.mkdir(exist_ok=True)
         # A kill may leave half a compiled program: nobody else is to read it.
         compiled = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
-        environment = {**os.environ, **compiled, "PYTHONPATH": str(Path(__file__).parents[1])}
         return folder, subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(folder)], env=environment, stderr=subprocess.PIPE
+            [sys.executable, "-c", SCRIPT, str(folder)],
+            env=environment(Path(__file__).parents[1]) | compiled,
+            stderr=subprocess.PIPE,
         )
 
     def finish(name):

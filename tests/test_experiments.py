@@ -3,7 +3,6 @@
 import csv
 import importlib.metadata
 import json
-import os
 import re
 import subprocess
 import sys
@@ -22,13 +21,13 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def run():
+def run(environment):
     """Runs an experiment."""
 
     def run(script, *arguments):
         done = subprocess.run(
             [sys.executable, str(ROOT / "experiments" / script), *arguments],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env=environment(ROOT),
             capture_output=True,
             text=True,
             timeout=400,

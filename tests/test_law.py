@@ -110,7 +110,9 @@ def _swapped(apply, args, variables):
     return apply(variables, *args)
 
 
-def test_second_derivative(model):
+def test_second_derivative(model, request):
+    if jax.default_backend() != "cpu" and request.node.callspec.id == "mobile":
+        pytest.skip("that of max pooling has reduced precision on accelerators")
     apply, masked, small_apply, small, args = small_model(model)
 
     def curvature(f, variables):

@@ -133,10 +133,12 @@ def test_pure_and_seeded(preset):
 def test_training_lowers_the_loss(preset):
     model = autoencoder(preset)
 
+    images = digits()
+
     @jax.jit
     @jax.value_and_grad
     def loss(variables):
-        return jnp.mean(jnp.square(model.apply(variables, digits())["image"] - digits()))
+        return jnp.mean(jnp.square(model.apply(variables, images)["image"] - images))
 
     variables = drawn(preset)
     before, gradient = loss(variables)
