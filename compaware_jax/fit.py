@@ -238,13 +238,20 @@ def fit(
     return state.variables, history
 
 
+@jax.jit
+def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
 def check_finite(variables: Any, label: str) -> None:
     """Refuse the outcome of a training that diverged.
 
     Raises:
       DivergenceError: a leaf holds values that are not finite.
     """
-    bad = [path for path, leaf in named_leaves(variables) if not bool(jnp.isfinite(leaf).all())]
+    leaves = named_leaves(variables)
+    finite = jax.device_get(_finite([leaf for _, leaf in leaves]))
+    bad = [path for (path, _), fine in zip(leaves, finite, strict=True) if not fine]
     if bad:
         raise DivergenceError(
             f"{label}: the training ended in values that are not finite, in {bad[:3]}. Lower its learning "

@@ -73,11 +73,13 @@ def law_errors(
       PlanError: outputs or gradients of the masked function are not finite on these inputs, so there is
         nothing to compare with.
     """
+    dtype = jnp.result_type(float)
 
     def loss(f: Callable[..., Any], tree: Any) -> tuple[jax.Array, Any]:
         outputs = f(tree, *args)
+        # Drawn by numpy: what draws random numbers takes longer to compile than many a function.
         terms = [
-            jnp.sum(y * jax.random.normal(jax.random.fold_in(jax.random.key(7), i), y.shape, float))
+            jnp.sum(y * np.random.default_rng([7, i]).normal(size=y.shape).astype(dtype))
             for i, y in enumerate(map(jnp.asarray, jax.tree.leaves(outputs)))
             if jnp.issubdtype(y.dtype, jnp.floating)
         ]
@@ -106,6 +108,7 @@ def law_errors(
         return outputs, slopes
 
     full = jax.jit(evaluate(apply), **options)
+    mask = jax.jit(lambda gates, tree: apply_mask(groups, gates, tree), **options)
     cuts_outputs = bool(groups.released or groups.states)
     errors = []
     for units in np.atleast_2d(keep):
@@ -117,7 +120,7 @@ def law_errors(
                 return cut_outputs(groups, plan, apply(tree, *inputs))
 
             full = jax.jit(evaluate(reference), **options)
-        masked = apply_mask(groups, jnp.asarray(units, float), variables)
+        masked = mask(jnp.asarray(units, float), variables)
         expected, expected_grad = run(reference, full, masked)
         small_apply = slimmer(apply, plan)
         small = jax.jit(evaluate(small_apply), **options)

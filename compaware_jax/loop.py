@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ def run_steps(
     edges = _edges(steps, chunk, between)
     chunks = len(edges) - 1
     compiled = jax.jit(_chunk_runner(step), static_argnames="length")
-    shapes = jax.eval_shape(lambda s: step(s, jnp.zeros((), jnp.int32))[1], state)
+    # Of the compiled function, so that the first chunk does not trace the step once more.
+    first = edges[1] if chunks else 1
+    shapes = jax.eval_shape(partial(compiled, length=first), state, jnp.int32(0))[1]
     history = {name: np.full((chunks, *info.shape), np.nan, np.float64) for name, info in shapes.items()}
     store = (
         None

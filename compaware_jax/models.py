@@ -11,6 +11,7 @@ inside a scan (`python experiments/bench_convolutions.py`).
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
@@ -73,6 +74,7 @@ def autoencoder(preset: str = "dense") -> Autoencoder:
     encoder, decoder = presets[preset]
     module = Coder(encoder=encoder(), decoder=decoder())
 
+    @jax.jit
     def init(key: PRNGKeyArray) -> Variables:
         return dict(module.init(key, jnp.zeros((1, 28, 28, 1))))
 
