@@ -17,8 +17,6 @@ from compaware_jax.placement import is_spread, on_host, place_of
 from compaware_jax.plan import Plan
 from compaware_jax.rules.families import scatter
 
-_ALIGNMENT = 64
-
 
 def shrink(tree: Any, plan: Plan) -> Any:
     """Cut a tree down to a plan.
@@ -105,14 +103,6 @@ class _Room:
         return self._bytes[:size].view(dtype).reshape(shape)
 
 
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """A fresh array where JAX, on the CPU, takes it over as it is: any other it copies."""
-    size = math.prod(shape) * dtype.itemsize
-    room = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT
-    return room[start : start + size].view(dtype).reshape(shape)
-
-
 def _taken(array: Any, kept: Sequence[np.ndarray | None], room: _Room) -> Any:
     if all(index is None for index in kept):
         return array
@@ -125,7 +115,7 @@ def _taken(array: Any, kept: Sequence[np.ndarray | None], room: _Room) -> Any:
         if isinstance(small, np.ndarray):
             shape = (*small.shape[:axis], len(index), *small.shape[axis + 1 :])
             first = number == 0 and len(along) > 1
-            out = room.array(shape, small.dtype) if first else _aligned(shape, small.dtype)
+            out = room.array(shape, small.dtype) if first else np.empty(shape, small.dtype)
             # What is kept lies inside; clipping lets numpy write without a buffer of its own.
             small = np.take(small, index, axis, out=out, mode="clip")
         else:
