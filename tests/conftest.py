@@ -5,8 +5,11 @@ import os
 import shutil
 import tempfile
 
-# Before JAX starts: two devices, for tests of sharded arrays; all others use the first.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+# Before JAX starts: two devices, for tests of sharded arrays; all others use the first. And no threads to
+# compile parts of a program in: every worker has its own programs.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_cpu_parallel_codegen_split_count=1"
+)
 # What one test compiled, no other compiles again: workers and what they start inherit the folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-by-tests-")

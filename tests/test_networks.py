@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 @pytest.mark.parametrize("part", range(4))
 @settings(
-    max_examples=36,
+    max_examples=50,
     deadline=None,
     derandomize=True,
     database=None,
