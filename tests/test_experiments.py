@@ -3,6 +3,7 @@
 import csv
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 import compaware_jax as ca
+from tests.compiling import FLAGS
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +29,7 @@ def run(environment):
     def run(script, *arguments):
         done = subprocess.run(
             [sys.executable, str(ROOT / "experiments" / script), *arguments],
-            env=environment(ROOT),
+            env=environment(ROOT) | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {FLAGS}"},
             capture_output=True,
             text=True,
             timeout=400,
@@ -40,9 +42,9 @@ def run(environment):
 
 @pytest.mark.parametrize("model", ["dense", "conv"])
 def test_main_job(run, tmp_path, model):
-    steps = "60" if model == "dense" else "10"
+    steps, batch = ("60", "128") if model == "dense" else ("10", "16")
     arguments = (
-        "--data", "embedded", "--model", model, "--budget", "0.3", "--dense-steps", steps,
+        "--data", "embedded", "--model", model, "--budget", "0.3", "--batch", batch, "--dense-steps", steps,
         "--fine-tune", steps, "--search.steps", steps, "--name", "run", "--out", str(tmp_path),
     )  # fmt: skip
     output = run("mnist_autoencoder.py", *arguments)
