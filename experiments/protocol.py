@@ -345,9 +345,7 @@ class Study:
             figures = seed.tuned_together([*candidates.values()], self.rates)
             return {k: c.cell(psnr) for (k, c), psnr in zip(candidates.items(), figures, strict=True)}
 
-        # In equal parts, which one compiled program suits; each is finished for itself.
-        keys = [(*key, seed.seed) for key in work]
-        size = math.ceil(len(keys) / math.ceil(len(keys) * len(self.rates) / self.lanes))
+        keys, size = [(*key, seed.seed) for key in work], max(1, self.lanes // len(self.rates))
         for at in range(0, len(keys), size):
             self.cells.together(keys[at : at + size], compute)
 

@@ -131,12 +131,12 @@ def test_lanes_give_what_one_by_one_gives(study, tmp_path):
     work = {("uniform", share): partial(uniform, share=share) for share in (0.1, 0.3)}
     work["whole",] = lambda seed: Candidate(None, seed.fresh)
     found = {}
-    for lanes in (1, 3):
+    for lanes in (1, 4):
         run = study(lanes=lanes, fine_tune=20, rates=(2e-3, 4e-3), out=tmp_path / str(lanes))
         run.tune_on(run.seeds[0], work)
         found[lanes] = [run.figures(key, run.seeds[0]) for key in work]
         assert run.cells.read(("uniform", 0.1, 0))["share"] == 0.1
-    for one, many in zip(found[1], found[3], strict=True):
+    for one, many in zip(found[1], found[4], strict=True):
         assert many == pytest.approx(one, abs=1e-3)
     assert len({round(figures["0.002"], 2) for figures in found[1]}) == 3, "they are three models"
 
