@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import jax
@@ -63,7 +62,7 @@ def law_errors(
       groups: what can leave.
       slimmer: makes the small function; `slim`, or what is to be compared with it.
       gradients: whether to compare them as well; a loop of unknown length has none.
-      **options: for `jax.jit`, e.g. ``compiler_options=quick_options()``, for many models or plans.
+      **options: for `jax.jit`, e.g. compiler options.
 
     Returns:
       Relative error of the outputs, and of the gradients by the variables against their global norm (of
@@ -133,19 +132,6 @@ def law_errors(
         errors.append((distance(got, expected), distance(got_grad, expected_grad)))
     outputs, gradients = np.max(errors, axis=0).tolist()
     return outputs, gradients
-
-
-@cache
-def quick_options() -> dict[str, bool | int]:
-    """Options of XLA's compiler for what runs once: it compiles faster, and what it compiles runs slower."""
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    try:
-        # Half of the time; versions without another way to fuse do not know it.
-        other: dict[str, bool | int] = {"xla_cpu_use_fusion_emitters": False}
-        jax.jit(lambda x: x, compiler_options=other).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:
-        return options
-    return options | other
 
 
 def _not_finite(tree: Any) -> list[str]:

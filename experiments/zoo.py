@@ -29,7 +29,7 @@ import tyro
 
 import compaware_jax as ca
 from compaware_jax.cost import parameter_cost
-from compaware_jax.law import law_errors, quick_options, random_keep
+from compaware_jax.law import law_errors, random_keep
 from compaware_jax.small_function import work_in
 from compaware_jax.tables import markdown_table, text_table
 
@@ -37,6 +37,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from zoo_models.entry import Entry
 
 BOUND = 1e-10
+# Compiling takes most of the time; what is compared does not need fast code.
+COMPILER = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,7 @@ def measure(entry: Entry, plans: int, strict: bool) -> Row:
     law = None
     if plans:
         stacked = np.stack(keeps)
-        options = quick_options()  # Compiling takes most of the time.
-        law = max(law_errors(apply, arrays, *inputs, keep=stacked, groups=groups, compiler_options=options))
+        law = max(law_errors(apply, arrays, *inputs, keep=stacked, groups=groups, compiler_options=COMPILER))
         jax.clear_caches()
     return Row(
         name=entry.name,
