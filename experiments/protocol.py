@@ -267,11 +267,11 @@ Method = Callable[[Seed], Candidate]
 
 
 def _masked(candidate: Candidate) -> tuple[Any, Any]:
-    """A candidate's mask, and its start under it."""
+    """A candidate's mask, and its start: what lies outside is neither seen nor trained."""
     plan, start, _ = candidate
     ones = jax.tree.map(jnp.ones_like, start)
     mask = ones if plan is None else ca.expand(ca.shrink(ones, plan), plan)
-    return mask, jax.tree.map(jnp.multiply, mask, start)
+    return mask, start
 
 
 class Study:
