@@ -116,9 +116,13 @@ def _fill(cost: Cost, counts: np.ndarray, wanted: np.ndarray, limit: int, floor:
         inside = (new >= floor).all() and (new <= cost.most).all()
         return bool(inside and cost.exact(counts) < cost.exact(new) <= limit)
 
+    def cheapest(changed: dict[int, np.ndarray]) -> list[int]:
+        inside = [
+            g for g, new in changed.items() if floor[g] <= new[g] <= cost.most[g] and new[g] != counts[g]
+        ]
+        return sorted(inside, key=lambda g: abs(cost.exact(changed[g]) - cost.exact(counts)))[:_EXCHANGED]
+
     # Single steps first, where the rounding took most; then exchanges that spend more of the limit.
-    price = [cost.exact(up(counts, g)) - cost.exact(counts) for g in groups]
-    cheap = np.argsort(price)[:_EXCHANGED].tolist()
     while True:
         single = [g for g in groups if fits(up(counts, g))]
         if single:
@@ -126,7 +130,9 @@ def _fill(cost: Cost, counts: np.ndarray, wanted: np.ndarray, limit: int, floor:
             continue
         if cost.exact(counts) >= 0.999 * limit:
             return counts
-        better = [new for a in cheap for b in cheap if a != b and fits(new := down(up(counts, a), b))]
+        rising = cheapest({g: up(counts, g) for g in groups})
+        falling = cheapest({g: down(counts, g) for g in groups})
+        better = [new for a in rising for b in falling if a != b and fits(new := down(up(counts, a), b))]
         if not better:
             return counts
         counts = max(better, key=cost.exact)

@@ -103,8 +103,12 @@ def test_geometric_median(scored):
         np.testing.assert_allclose(got[group.slice], expected, rtol=1e-3)
 
 
-def test_layer_adaptive_magnitude(scored):
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_layer_adaptive_magnitude(scored, scale):
     _, variables, _, groups = scored
+    variables = {
+        name: jax.tree.map(lambda x, n=n: x * scale**-n, v) for n, (name, v) in enumerate(variables.items())
+    }
     got = np.asarray(importance.lamp(groups, variables))
     squares = np.asarray(importance.l2(groups, variables)) ** 2
     for group in groups.groups:

@@ -1,5 +1,7 @@
 """Selection: budgets met exactly, never exceeded; importance against its definition."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,49 @@ def test_rounding_meets_the_budget(dense_groups, fraction, shares, kind):
     assert (counts >= 1).all()
     assert (counts <= cost.units).all()
     assert 0.995 * limit <= cost.exact(counts) <= limit
+
+
+def chain(layers, width):
+    def apply(variables, x):
+        for w in variables:
+            x = jnp.tanh(x @ w)
+        return x
+
+    sizes = [8, *[width] * layers, 8]
+    shapes = [jax.ShapeDtypeStruct(pair, jnp.float32) for pair in itertools.pairwise(sizes)]
+    return ca.find_groups(apply, shapes, jnp.ones((1, 8)))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(
+    shares=st.lists(st.floats(0.2, 1.0), min_size=8, max_size=8),
+    fraction=st.floats(0.3, 1.0),
+    step=st.sampled_from([1, 4, 8]),
+    whole=st.integers(0, 4),
+)
+def test_rounding_meets_the_budget_in_steps(shares, fraction, step, whole):
+    groups = chain(8, 64)
+    names = [group.name for group in groups.groups]
+    groups = ca.constrain(groups, multiple_of=step, whole=names[:whole], floor={names[-1]: 11})
+    cost = parameter_cost(groups)
+    limit = int(max(fraction * cost.total, cost.floor))
+    counts = round_counts(cost, np.array(shares), limit)
+    assert (counts[:whole] == 64).all()
+    assert counts[-1] >= 11
+    assert ((counts % step == 0) | (counts == 64)).all()
+    assert cost.exact(counts) <= limit
+    # Another step of any group is too much.
+    for g in np.flatnonzero(counts < cost.most):
+        assert cost.exact(counts + step * (np.arange(8) == g)) > limit
+
+
+def test_whole_groups_leave_room_for_exchanges():
+    groups = chain(64, 64)
+    names = [group.name for group in groups.groups]
+    cost = parameter_cost(ca.constrain(groups, whole=names[:60], multiple_of=8))
+    limit = int(0.971 * cost.total)
+    counts = round_counts(cost, np.full(64, 0.7), limit)
+    assert 0.998 * limit <= cost.exact(counts) <= limit
 
 
 def test_rounding_keeps_proportions(dense_groups):

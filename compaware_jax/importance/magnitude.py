@@ -44,9 +44,14 @@ def lamp(groups: Groups, variables: Any) -> Float[Array, " units"]:
     """
     squares = l2(groups, variables) ** 2
     order = jnp.lexsort((-squares, groups.group_of_unit))
-    running = jnp.cumsum(squares[order])
-    before = jnp.concatenate([jnp.zeros(1), running])[groups.offsets]
-    larger = running - before[groups.group_of_unit]
+    first = jnp.zeros(groups.units, bool).at[groups.offsets].set(True)
+
+    def add(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+        (before, begun), (value, begins) = left, right
+        return jnp.where(begins, value, before + value), begun | begins
+
+    # Anew in every group: groups may differ by many orders of magnitude.
+    larger, _ = jax.lax.associative_scan(add, (squares[order], first))
     return jnp.zeros(groups.units).at[order].set(squares[order] / jnp.where(larger == 0, 1.0, larger))
 
 
