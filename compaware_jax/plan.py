@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from compaware_jax.factors import USUAL, Cuts
 from compaware_jax.groups import Groups, Leaf, fingerprint
 
 Indices = tuple[int, ...]
+
+_FORMAT = "compaware_jax plan 1"
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,23 +65,21 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text."""
-        return json.dumps(
-            {
-                "format": "compaware_jax plan 1",
-                "fingerprint": self.fingerprint,
-                "counts": [list(count) for count in self.counts],
-                "released": self.released,
-                "states": [list(pair) for pair in self.states],
-                "within_heads": self.cuts.within_heads,
-                "boundary": self.cuts.boundary,
-                "choices": sorted(self.cuts.choices),
-                "leaves": [
-                    {"path": leaf.path, "shape": leaf.shape, "dtype": leaf.dtype, "kept": kept}
-                    for leaf, kept in zip(self.leaves, self.kept, strict=True)
-                ],
-            },
-            indent=1,
-        )
+        content = {
+            "format": _FORMAT,
+            "fingerprint": self.fingerprint,
+            "counts": self.counts,
+            "released": self.released,
+            "states": self.states,
+            "within_heads": self.cuts.within_heads,
+            "boundary": self.cuts.boundary,
+            "choices": sorted(self.cuts.choices),
+            "leaves": [
+                {"path": leaf.path, "shape": leaf.shape, "dtype": leaf.dtype, "kept": kept}
+                for leaf, kept in zip(self.leaves, self.kept, strict=True)
+            ],
+        }
+        return json.dumps({**content, "hash": _hash(content)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -89,34 +90,36 @@ class Plan:
         """
         try:
             data = json.loads(text)
-            leaves = tuple(
-                Leaf(entry["path"], tuple(entry["shape"]), entry["dtype"]) for entry in data["leaves"]
-            )
-            kept = tuple(
-                tuple(None if index is None else tuple(index) for index in entry["kept"])
-                for entry in data["leaves"]
-            )
-            counts = tuple((str(n), int(k), int(u)) for n, k, u in data["counts"])
-            released = tuple(map(str, data["released"]))
-            states = tuple((str(output), str(leaf)) for output, leaf in data.get("states", ()))
-            choices = [(tuple(map(int, a)), tuple(map(int, b))) for a, b in data.get("choices", ())]
-            within_heads, boundary = (bool(data.get(name)) for name in ("within_heads", "boundary"))
-            cuts = Cuts(within_heads, boundary, frozenset(choices))
-            stated = data["fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
+            stated, found = data.pop("hash"), data["format"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(
                 f"Plan.from_json: not a plan ({type(error).__name__}: {error}). Expected the text that "
                 "Plan.to_json writes."
             ) from error
-        plan = cls(leaves, kept, counts, released, states, cuts)
-        if plan.fingerprint != stated:
+        if found != _FORMAT:
             raise PlanError(
-                f"Plan.from_json: the leaves hash to {plan.fingerprint}, the plan states {stated}. The "
-                "file was altered; write it again with Plan.to_json."
+                f"Plan.from_json: the format is {found!r}, expected {_FORMAT!r}. Write the plan again with "
+                "this version, or read it with the one that wrote it."
             )
-        for leaf, axes in zip(leaves, kept, strict=True):
-            _check_indices(leaf, axes)
-        return plan
+        if stated != (got := _hash(data)):
+            raise PlanError(
+                f"Plan.from_json: the content hashes to {got}, the plan states {stated}. The text was "
+                "altered; write it again with Plan.to_json, or make another plan with plan_units."
+            )
+        return cls(
+            leaves=tuple(Leaf(x["path"], tuple(x["shape"]), x["dtype"]) for x in data["leaves"]),
+            kept=tuple(
+                tuple(None if index is None else tuple(index) for index in x["kept"]) for x in data["leaves"]
+            ),
+            counts=tuple(map(tuple, data["counts"])),
+            released=tuple(data["released"]),
+            states=tuple(map(tuple, data["states"])),
+            cuts=Cuts(
+                data["within_heads"],
+                data["boundary"],
+                frozenset((tuple(a), tuple(b)) for a, b in data["choices"]),
+            ),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as a JSON file."""
@@ -139,19 +142,9 @@ def component_table(groups: Groups, plan: Plan) -> list[tuple[str, int, int, str
     return [(n, before[n], after[n], f"{after[n] / before[n]:.1%}") for n in before]
 
 
-def _check_indices(leaf: Leaf, axes: Sequence[Indices | None]) -> None:
-    if len(axes) != len(leaf.shape):
-        raise PlanError(f"Plan: `{leaf.path}` has {len(leaf.shape)} axes, the plan lists {len(axes)}.")
-    for axis, (size, index) in enumerate(zip(leaf.shape, axes, strict=True)):
-        if index is None:
-            continue
-        array = np.asarray(index)
-        if len(array) and (
-            array.dtype.kind != "i" or array[0] < 0 or array[-1] >= size or (np.diff(array) <= 0).any()
-        ):
-            raise PlanError(
-                f"Plan: kept indices of `{leaf.path}` axis {axis} are not ascending indices in [0, {size})."
-            )
+def _hash(content: Mapping[str, Any]) -> str:
+    """A hash of JSON values, however they are laid out as text (16 hexadecimal digits)."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def plan_units(groups: Groups, keep: Any) -> Plan:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compaware_jax.analysis import Analysis
-from compaware_jax.cost import Budget, flop_cost
+from compaware_jax.cost import COSTS, Budget, flop_cost
 from compaware_jax.errors import PlanError
 from compaware_jax.groups import Groups
 from compaware_jax.paths import named_leaves
@@ -25,7 +25,7 @@ from compaware_jax.rules import Kept
 from compaware_jax.rules.families import take
 from compaware_jax.slimming import FullWidth, run_small
 from compaware_jax.trace import flatten, trace
-from compaware_jax.work import contraction_flops, flops_of
+from compaware_jax.work import contraction_flops, each_equation, flops_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -77,18 +77,30 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
             rest_structure,
             tuple(jax.typeof(x) for x in (*small_leaves, *rest)),
             jax.sharding.get_abstract_mesh(),
-            jax.config.jax_threefry_partitionable,  # pyright: ignore[reportAttributeAccessIssue]
+            _numerics(),
         )
         if key not in runs:
             analysis, alive = _analysed(apply, full, plan, released, *args, **kwargs)
             run, tree = partial(_outputs, analysis, alive, plan), analysis.program.output_tree
             typed = any(sharding_in_type(x) is not None for x in (*small_leaves, *rest))
             # Outside of jit, types name a mesh but not its devices; they have to be those of the inputs.
-            runs[key] = jax.jit(run) if typed and key[-2].empty else run, tree
+            runs[key] = jax.jit(run) if typed and jax.sharding.get_abstract_mesh().empty else run, tree
         run, tree = runs[key]
         return jax.tree.unflatten(tree, run(*(jnp.asarray(x) for x in (*small_leaves, *rest))))
 
     return small_apply
+
+
+def _numerics() -> tuple[Any, ...]:
+    """What the caller's configuration says of how the same function is computed."""
+    names = (
+        "jax_enable_x64",
+        "jax_default_matmul_precision",
+        "jax_numpy_dtype_promotion",
+        "jax_default_prng_impl",
+        "jax_threefry_partitionable",
+    )
+    return tuple(getattr(jax.config, name) for name in names)
 
 
 def _outputs(analysis: Analysis, alive: np.ndarray, plan: Plan, *inputs: jax.Array) -> list[jax.Array]:
@@ -126,7 +138,8 @@ class Uncut:
 
     Attributes:
       where: primitive, module path and source line.
-      flops: its FLOPs at full width, one per element where it is no contraction.
+      flops: its FLOPs at full width in one call, one per element where it is no contraction; of all its runs
+        where it is in a loop.
       again: whether it only runs to rebuild an operand of another one.
     """
 
@@ -167,12 +180,14 @@ def what_runs(groups: Groups, plan: Plan) -> tuple[tuple[Uncut, ...], int]:
       plan: what is kept of it.
     """
     program, record = _traced(groups, plan)
-    again = [eqn for eqn in record.again if eqn not in record.uncut]
-    full_width = [
-        *(Uncut(eqn.where, flops_of(eqn), False) for eqn in record.uncut),
-        *(Uncut(eqn.where, flops_of(eqn), True) for eqn in again),
-    ]
-    return tuple(full_width), contraction_flops(program)
+    times = dict(each_equation(groups.analysis.program.block))
+    full_width = tuple(
+        Uncut(eqn.where, times.get(eqn, 1) * flops_of(eqn), again)
+        for equations, again in ((record.uncut, False), (record.again, True))
+        for eqn in equations
+        if not (again and eqn in record.uncut)
+    )
+    return full_width, contraction_flops(program)
 
 
 def work_in(groups: Groups) -> int:
@@ -197,6 +212,14 @@ def checked_work(groups: Groups, plan: Plan, budget: Budget) -> tuple[tuple[Uncu
             over,
         )
     return ran, left
+
+
+def costs_left(groups: Groups, plan: Plan, flops: int) -> dict[str, tuple[int, int]]:
+    """Per cost its value before and after; that of FLOPs is what the small function runs, as counted."""
+    counts = np.array([kept for _, kept, _ in plan.counts])
+    made = {name: make(groups) for name, make in COSTS.items()}
+    costs = {name: (cost.total, cost.exact(counts)) for name, cost in made.items()}
+    return costs | {"flops": (made["flops"].total, flops)}
 
 
 def _traced(groups: Groups, plan: Plan) -> tuple[Program, FullWidth]:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from compaware_jax.program import Block, Equation, Program
 from compaware_jax.rules import REGIONS, RULES
 
@@ -28,20 +26,34 @@ class Work:
     times: int
 
 
+def _bodies(eqn: Equation) -> list[tuple[Block, int]]:
+    """The bodies of an equation, and how often each runs in one run of it."""
+    region = REGIONS.get(eqn.primitive)
+    often = (1,) * len(eqn.bodies) if region is None else region.times(eqn)
+    return list(zip(eqn.bodies, often, strict=True))
+
+
+def each_equation(block: Block, times: int = 1) -> Iterator[tuple[Equation, int]]:
+    """The equations of a block, those in its loops and branches included, and how often each runs.
+
+    Args:
+      block: of a program.
+      times: how often the block itself runs.
+    """
+    for eqn in block.equations:
+        yield eqn, times
+        for body, n in _bodies(eqn):
+            if n:
+                yield from each_equation(body, times * n)
+
+
 def work_of(program: Program) -> list[Work]:
     """The contractions and convolutions of a program, those in its loops and branches included."""
-
-    def walk(block: Block, times: int) -> Iterator[Work]:
-        for eqn in block.equations:
-            rule, region = RULES.get(eqn.primitive), REGIONS.get(eqn.primitive)
-            if rule is not None and rule.work is not None:
-                yield Work(eqn.where, tuple(rule.work(eqn)), times)
-            often = (1,) * len(eqn.bodies) if region is None else region.times(eqn)
-            for body, n in zip(eqn.bodies, often, strict=True):
-                if n:
-                    yield from walk(body, times * n)
-
-    return list(walk(program.block, 1))
+    return [
+        Work(eqn.where, tuple(rule.work(eqn)), times)
+        for eqn, times in each_equation(program.block)
+        if (rule := RULES.get(eqn.primitive)) is not None and rule.work is not None
+    ]
 
 
 def contraction_flops(program: Program) -> int:
@@ -53,10 +65,13 @@ def contraction_flops(program: Program) -> int:
 
 
 def flops_of(eqn: Equation) -> int:
-    """FLOPs of one equation at full width: two per multiply-add of contractions, else one per element."""
+    """FLOPs of one run of an equation at full width, its bodies included.
+
+    Two per multiply-add of a contraction or convolution, one per element of any other equation.
+    """
     rule = RULES.get(eqn.primitive)
     if rule is not None and rule.work is not None:
         shapes = dict(zip((*eqn.inputs, *eqn.outputs), (*eqn.in_shapes, *eqn.out_shapes), strict=True))
-        return 2 * int(np.prod([shapes[value][axis] for (value, axis), *_ in rule.work(eqn)]))
-    inside = sum(flops_of(inner) for body in eqn.bodies for inner in body.equations)
-    return max((int(np.prod(shape)) for shape in (*eqn.in_shapes, *eqn.out_shapes)), default=0) + inside
+        return 2 * math.prod(shapes[value][axis] for (value, axis), *_ in rule.work(eqn))
+    inside = sum(n * flops_of(inner) for body, n in _bodies(eqn) for inner in body.equations)
+    return max((math.prod(shape) for shape in (*eqn.in_shapes, *eqn.out_shapes)), default=0) + inside

@@ -1,5 +1,7 @@
 """Costs: equal to what is there for whole counts, differentiable for soft ones; budgets."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from compaware_jax.law import random_keep
 from compaware_jax.masks import group_counts
 from compaware_jax.models import autoencoder
 from compaware_jax.trace import flatten
-from compaware_jax.work import work_of
+from compaware_jax.work import contraction_flops, work_of
 from tests.models import MODELS
 
 
@@ -103,3 +105,38 @@ def test_unreachable_budget_names_the_smallest():
         ca.params(0.1).limit(groups)
     assert ca.flops(1.0).limit(groups) == COSTS["flops"](groups).total
     assert ca.nbytes(0.5).limit(groups) == COSTS["bytes"](groups).total // 2
+
+
+def conv(image, kernel, *, strides=(1, 1), **settings):
+    layout = jax.lax.conv_dimension_numbers(image, kernel, ("NHWC", "HWIO", "NHWC"))
+    settings |= {"dimension_numbers": layout, "window_strides": strides, "padding": "VALID"}
+    return partial(jax.lax.conv_general_dilated, **settings), image, kernel
+
+
+def loop(x, w):
+    return jax.lax.scan(lambda h, _: (h @ w, None), x, length=5)[0]
+
+
+# Two FLOPs per product; these are counted by hand, of convolutions as outputs × taps × inputs of a group.
+BY_HAND = {
+    "dense": (jnp.matmul, (3, 4), (4, 5), 3 * 5 * 4),
+    "batched": (jnp.matmul, (7, 3, 4), (7, 4, 5), 7 * 3 * 5 * 4),
+    "plain": (*conv((2, 9, 8, 4), (3, 2, 4, 6)), (2 * 7 * 7 * 6) * (3 * 2) * 4),
+    "strided": (*conv((2, 9, 9, 4), (3, 3, 4, 6), strides=(2, 4)), (2 * 4 * 2 * 6) * (3 * 3) * 4),
+    "dilated": (*conv((2, 9, 9, 4), (3, 3, 4, 6), rhs_dilation=(2, 2)), (2 * 5 * 5 * 6) * (3 * 3) * 4),
+    "grouped": (*conv((2, 9, 9, 4), (3, 3, 2, 6), feature_group_count=2), (2 * 7 * 7 * 6) * (3 * 3) * 2),
+    "depthwise": (*conv((2, 9, 9, 4), (3, 3, 1, 4), feature_group_count=4), (2 * 7 * 7 * 4) * (3 * 3)),
+    "in a loop": (loop, (3, 4), (4, 4), 5 * 3 * 4 * 4),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_flops_by_hand(name):
+    apply, x, w, products = BY_HAND[name]
+    structs = jax.ShapeDtypeStruct(w, jnp.float32), jax.ShapeDtypeStruct(x, jnp.float32)
+    groups = ca.find_groups(lambda w, x: apply(x, w), *structs)
+    assert COSTS["flops"](groups).total == 2 * products
+    assert contraction_flops(groups.analysis.program) == 2 * products
+    if name != "in a loop":  # XLA counts a body once.
+        compiled = jax.jit(apply).lower(*structs[::-1]).compile()
+        assert compiled.cost_analysis()["flops"] == 2 * products
