@@ -32,6 +32,7 @@ from compaware_jax.fit import (
 )
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2, ranks
+from compaware_jax.loop import whole_number
 from compaware_jax.masks import apply_mask
 
 Score = Callable[[Groups, Any], jax.Array]
@@ -213,10 +214,15 @@ class GradientSearch:
     harden: float = 0.25
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 <= self.ramp <= 1 or not 0 <= self.harden <= 1:
+        whole_number(self.steps, "GradientSearch: steps", least=1)
+        if not (0 <= self.ramp <= 1 and 0 <= self.harden <= 1):
             raise RequestError(
-                f"GradientSearch: steps={self.steps}, ramp={self.ramp}, harden={self.harden}; expected at "
-                "least one step, and shares of the steps in [0, 1]."
+                f"GradientSearch: ramp={self.ramp}, harden={self.harden}; expected shares in [0, 1]."
+            )
+        if not min(self.noise, self.edge, self.learning_rate, self.travel) >= 0:
+            raise RequestError(
+                f"GradientSearch: noise={self.noise}, edge={self.edge}, learning_rate={self.learning_rate}, "
+                f"travel={self.travel}; expected none below zero."
             )
 
     def build(self, problem: Problem) -> Search:

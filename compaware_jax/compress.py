@@ -12,15 +12,16 @@ import jax
 import numpy as np
 
 from compaware_jax.coefficients import Score, SearchMethod
-from compaware_jax.cost import COSTS, Budget
+from compaware_jax.cost import Budget
 from compaware_jax.criteria import Apply, Criterion, Verdict, measure
 from compaware_jax.fit import Batches, Loss, fit
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
+from compaware_jax.loop import whole_number
 from compaware_jax.plan import Plan, component_table
-from compaware_jax.request import check_request, check_steps
+from compaware_jax.request import check_request
 from compaware_jax.search import Found, describe_search, problem_of, run_search
-from compaware_jax.small_function import Uncut, checked_work, slim
+from compaware_jax.small_function import Uncut, checked_work, costs_left, slim
 from compaware_jax.surgery import shrink
 from compaware_jax.tables import text_table
 
@@ -115,7 +116,9 @@ def compress(
       criteria: metrics with thresholds; constraints while training, verdicts at the end.
       held_out: the batch on which criteria are measured; needed if there are any.
       search: how coefficients are found; default `GradientSearch`.
-      score: ranks units within their group.
+      score: ranks units within their group, ``(groups, variables) -> scores``, shape (units,); traced, and
+        asked at every step of the search. `importance.l1`, `l2`, `lamp` and `fpgm` are such functions; those
+        that need data have it from around them: ``lambda groups, v: importance.taylor(groups, v, grad(v))``.
       fine_tune: steps of the last phase.
       learning_rate: of the last phase (Adam, cosine to zero).
       key: source of randomness; default ``jax.random.key(0)``.
@@ -136,7 +139,7 @@ def compress(
       DivergenceError: the search or the fine-tune ended in values that are not finite.
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
     """
-    check_steps(fine_tune, "compress: fine_tune")
+    fine_tune = whole_number(fine_tune, "compress: fine_tune")
     problem = problem_of(apply, loss, batches, groups, budget, criteria, score)
     loss_before, before = check_request(problem, variables, held_out, allow_failing=allow_failing)
     folder = None if directory is None else Path(directory)
@@ -167,10 +170,6 @@ def compress(
         progress=progress,
     )
     after = measure(problem.criteria, small_apply, small, held_out) if criteria else {}
-    counts = np.array([kept for _, kept, _ in found.plan.counts])
-    made = {name: make(groups) for name, make in COSTS.items()}
-    costs = {name: (cost.total, cost.exact(counts)) for name, cost in made.items()}
-    costs["flops"] = made["flops"].total, flops
     return Result(
         apply=small_apply,
         variables=small,
@@ -179,6 +178,6 @@ def compress(
         verdicts=tuple(
             Verdict(str(c), before[c.name], after[c.name], c.keeps(after[c.name])) for c in problem.criteria
         ),
-        costs=costs,
+        costs=costs_left(groups, found.plan, flops),
         history={"search": found.history, "fine-tune": tune_history},
     )

@@ -14,7 +14,7 @@ from jax.extend.core import get_opaque_trace_state
 
 from compaware_jax.criteria import Apply, Criterion
 from compaware_jax.errors import DivergenceError, TraceError
-from compaware_jax.loop import digest, run_steps
+from compaware_jax.loop import digest, run_steps, whole_number
 from compaware_jax.paths import named_leaves
 
 Loss = Callable[[Apply, Any, Any], Any]
@@ -209,7 +209,8 @@ def fit(
       criteria: constraints, by augmented Lagrangian.
       label: what the progress bar says.
       directory: for checkpoints; None for none.
-      job: what identifies the run, see `run_steps`.
+      job: what identifies the run beside its start and settings, see `run_steps`; by default the first
+        batches and the loss on one of them.
       progress: show a progress bar.
 
     Returns:
@@ -217,30 +218,46 @@ def fit(
 
     Raises:
       DivergenceError: the training ended in values that are not finite.
-      CheckpointError: see `run_steps`.
+      CheckpointError, RequestError: see `run_steps`.
     """
+    steps = whole_number(steps, f"{label}: steps")
     init, step = fit_step(apply, loss, batches, adam_cosine(learning_rate, steps), criteria)
+    if directory is not None:
+        job = {
+            "start": digest(variables),
+            "learning_rate": learning_rate,
+            "criteria": [str(c) for c in trainable(criteria)],
+            **(_task(apply, variables, loss, batches) if job is None else job),
+        }
     state, history = run_steps(
         step,
         init(variables),
         steps,
         label=label,
         directory=directory,
-        job={
-            "start": digest(variables),
-            "learning_rate": learning_rate,
-            "criteria": [str(c) for c in trainable(criteria)],
-            **(job or {}),
-        },
+        job=job,
         progress=progress,
     )
     check_finite(state.variables, label)
     return state.variables, history
 
 
+def _task(apply: Apply, variables: Any, loss: Loss, batches: Batches) -> dict[str, Any]:
+    """What tells a training from others of the same variables, as JSON values."""
+    first, second = (batches(jnp.int32(step)) for step in (0, 1))
+    value, _ = jax.jit(lambda v, batch: value_and_updates(loss, apply, v, batch))(variables, first)
+    # Machines differ in the last digits.
+    return {"data": digest([first, second]), "loss": f"{float(value):.3g}"}
+
+
 @jax.jit
 def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+def is_finite(tree: Any) -> bool:
+    """Whether all values in a tree of arrays are finite."""
+    return all(map(bool, jax.device_get(_finite(jax.tree.leaves(tree)))))
 
 
 def check_finite(variables: Any, label: str) -> None:

@@ -14,6 +14,7 @@ from compaware_jax.coefficients import Problem, Search, on_budget, soft_gates
 from compaware_jax.errors import RequestError
 from compaware_jax.fit import adam_cosine, fit_step
 from compaware_jax.importance import ranks
+from compaware_jax.loop import whole_number
 from compaware_jax.masks import apply_mask
 
 MOST_POINTS = 100_000
@@ -48,6 +49,15 @@ class GridSearch:
     learning_rate: float = 2e-3
     at_once: int = 4
     validate: int = 4
+
+    def __post_init__(self) -> None:
+        levels = np.asarray(self.levels, float)
+        if levels.ndim != 1 or not len(levels) or not (np.isfinite(levels) & (levels > 0)).all():
+            raise RequestError(
+                f"GridSearch: levels={self.levels!r}, expected factors above zero, such as (0.5, 1.0, 2.0)."
+            )
+        for name, least in (("steps_each", 0), ("at_once", 1), ("validate", 1)):
+            whole_number(getattr(self, name), f"GridSearch: {name}", least=least)
 
     def build(self, problem: Problem) -> Search:
         """The search as pure functions; one step tries `at_once` points."""
@@ -97,7 +107,8 @@ class GridSearch:
 
         def coefficients(state: GridState) -> jax.Array:
             best = state.log_counts[jnp.argmin(state.losses)]
-            return jnp.exp(best) / jnp.asarray(groups.sizes)
+            # Where every point diverged, none is the best.
+            return jnp.where(state.losses.min() < jnp.inf, jnp.exp(best), jnp.nan) / jnp.asarray(groups.sizes)
 
         return Search(
             init=init,

@@ -10,6 +10,7 @@ import numpy as np
 
 from compaware_jax.coefficients import Problem, SearchMethod
 from compaware_jax.groups import Groups
+from compaware_jax.importance import ranks
 from compaware_jax.loop import digest
 
 
@@ -23,7 +24,6 @@ def describe_request(problem: Problem, variables: Any, method: SearchMethod, los
       loss: of the dense model on the first batch.
     """
     settings = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
-    score = problem.score
     return {
         "model": problem.groups.fingerprint,
         "groups": _mark(problem.groups),
@@ -32,12 +32,11 @@ def describe_request(problem: Problem, variables: Any, method: SearchMethod, los
         # Machines differ in the last digits.
         "loss": f"{loss:.3g}",
         "criteria": [[c.name, c.threshold, c.above, c.trainable] for c in problem.criteria],
-        # JSON has no tuples: a job has to compare equal after a round trip.
         "search": [
             type(method).__name__,
-            {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()},
+            settings,
         ],
-        "score": getattr(score, "__name__", type(score).__name__),
+        "score": digest(ranks(problem.groups, problem.score(problem.groups, variables))),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -16,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-from compaware_jax.errors import CheckpointError
+from compaware_jax.errors import CheckpointError, RequestError
 
 Step = Callable[[Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
 """``(state, index) -> (state, info)``, pure; the index is the only data position."""
@@ -58,8 +59,9 @@ def run_steps(
 
     Raises:
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
+      RequestError: the steps are no whole number.
     """
-    between = between or {}
+    steps, between = whole_number(steps, f"{label}: steps"), between or {}
     edges = _edges(steps, chunk, between)
     chunks = len(edges) - 1
     compiled = jax.jit(_chunk_runner(step), static_argnames="length")
@@ -83,10 +85,9 @@ def run_steps(
                 bar.set_postfix_str("compiling" if done < chunks else "")
                 while done < chunks:
                     start, length = edges[done], edges[done + 1] - edges[done]
-                    if start in between:
-                        state = between[start](state)
-                    new, info = compiled(state, jnp.int32(start), length=length)
-                    # Wait here: until the chunk is finished, an interruption must find the old state.
+                    # Until the chunk is finished, an interruption must find the state before it.
+                    begin = between[start](state) if start in between else state
+                    new, info = compiled(begin, jnp.int32(start), length=length)
                     for name, value in jax.device_get(info).items():
                         history[name][done] = value
                     state, done = new, done + 1
@@ -137,7 +138,8 @@ class _Store:
 
     def __init__(self, directory: Path, job: dict[str, Any]):
         self.directory = directory.absolute()
-        self.job = job
+        # As it is read again: a list for a tuple, a number for numpy's.
+        self.job = json.loads(json.dumps(job, default=_plain))
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False),
@@ -191,6 +193,29 @@ class _Store:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def whole_number(value: Any, name: str, *, least: int = 0) -> int:
+    """A count as a plain integer.
+
+    Args:
+      value: what was given, of whatever type.
+      name: what messages call it.
+      least: the smallest that is allowed.
+
+    Raises:
+      RequestError: it is no whole number, or a smaller one.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise RequestError(f"{name}={value!r}, expected a whole number, {least} or more.")
+    return int(value)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has for a number or an array of numpy or JAX."""
+    if isinstance(value, (np.generic, np.ndarray, jax.Array)):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON value")
 
 
 def _storable(tree: Any) -> Any:

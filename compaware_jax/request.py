@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compaware_jax.coefficients import Problem
+from compaware_jax.coefficients import GradientSearch, Problem, SearchMethod
 from compaware_jax.cost import Budget
 from compaware_jax.criteria import Criterion, check_dense, measure
 from compaware_jax.errors import (
@@ -142,16 +142,6 @@ def checked_criteria(criteria: Any) -> tuple[Criterion, ...]:
     )
 
 
-def check_steps(steps: Any, name: str) -> None:
-    """Refuse what is no number of training steps.
-
-    Raises:
-      RequestError: says what to pass instead.
-    """
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 0:
-        raise RequestError(f"{name}={steps!r}, expected a whole number of steps, none or more.")
-
-
 def checked_key(key: Any) -> jax.Array:
     """The source of randomness, ``jax.random.key(0)`` where none is given.
 
@@ -165,6 +155,20 @@ def checked_key(key: Any) -> jax.Array:
     if not (raw or (typed and key.shape == ())):
         raise RequestError(f"key={key!r}, expected one random key, such as jax.random.key(0).")
     return jnp.asarray(key)
+
+
+def checked_search(search: Any) -> SearchMethod:
+    """The search, `GradientSearch` where none is given.
+
+    Raises:
+      RequestError: it is no configured search.
+    """
+    method = GradientSearch() if search is None else search
+    if isinstance(method, type) or not isinstance(method, SearchMethod):
+        raise RequestError(
+            f"search={method!r}, expected a configured search, such as GradientSearch(steps=1000)."
+        )
+    return method
 
 
 _RESIDENT = "data.resident makes such a function of arrays that fit the device."

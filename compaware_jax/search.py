@@ -11,10 +11,9 @@ import jax
 import numpy as np
 
 from compaware_jax.boundary import trim
-from compaware_jax.coefficients import GradientSearch, Problem, Score, SearchMethod
+from compaware_jax.coefficients import Problem, Score, SearchMethod
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion
-from compaware_jax.errors import RequestError
 from compaware_jax.fit import Batches, Loss, check_finite
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
@@ -27,6 +26,7 @@ from compaware_jax.request import (
     check_problem,
     checked_criteria,
     checked_key,
+    checked_search,
 )
 from compaware_jax.select import keep_units, round_counts
 
@@ -81,7 +81,7 @@ def find_plan(
       budget: the target, e.g. ``params(0.1)``.
       criteria: constraints on the way, those that are trainable; nothing is measured.
       search: how coefficients are found; default `GradientSearch`.
-      score: ranks units within their group.
+      score: ranks units within their group; see `compress`.
       key: source of randomness; default ``jax.random.key(0)``.
       directory: where to keep checkpoints; None for none.
       progress: show a progress bar.
@@ -132,7 +132,7 @@ def describe_search(
     problem: Problem, variables: Any, budget: Budget, search: Any, key: Any, loss: float
 ) -> dict[str, Any]:
     """What identifies a search, as JSON values; see `describe_request`."""
-    method, key = _defaults(search, key)
+    method, key = checked_search(search), checked_key(key)
     return {
         **describe_request(problem, variables, method, loss),
         "budget": [budget.cost, budget.fraction],
@@ -152,7 +152,7 @@ def run_search(
     progress: bool,
 ) -> Found:
     """`find_plan` for a problem that is checked."""
-    method, key = _defaults(search, key)
+    method, key = checked_search(search), checked_key(key)
     groups, limit = problem.groups, budget.limit(problem.groups)
     problem, start = trim(problem, variables, [limit])
     found = method.build(problem)
@@ -167,16 +167,7 @@ def run_search(
         progress=progress,
     )
     trained, coefficients = found.variables(state), np.asarray(found.coefficients(state))
-    check_finite(trained, "search")
+    check_finite({"coefficients": coefficients, "variables": trained}, "search")
     scores = np.asarray(problem.score(groups, trained))
     keep = keep_units(groups, scores, round_counts(problem.cost, coefficients, limit))
     return Found(plan_units(groups, keep), trained, problem.groups, scores, coefficients, history)
-
-
-def _defaults(search: Any, key: Any) -> tuple[SearchMethod, jax.Array]:
-    method = GradientSearch() if search is None else search
-    if isinstance(method, type) or not isinstance(method, SearchMethod):
-        raise RequestError(
-            f"search={method!r}, expected a configured search, such as GradientSearch(steps=1000)."
-        )
-    return method, checked_key(key)

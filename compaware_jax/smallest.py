@@ -69,7 +69,8 @@ def smallest(
 
     Raises:
       CriterionError: there are no criteria, or the dense model already fails one.
-      BudgetError: `start` or `tolerance` is out of range, or `cost` is unknown.
+      BudgetError: `start` or `tolerance` is out of range, or `cost` is unknown or zero.
+      RequestError, PlanError, TraceError, DivergenceError, CheckpointError: as for `compress`.
     """
     if not criteria:
         raise CriterionError(
@@ -82,12 +83,14 @@ def smallest(
             f"{sorted(COSTS)}, and two numbers in (0, 1)."
         )
     whole = COSTS[cost](groups)
+    if not whole.total:
+        raise BudgetError(f"smallest: the model has no {whole.name}, expected a cost that pruning lowers.")
     # Where everything may be emptied, even nothing is within reach.
     floor = max(whole.floor, 1) / whole.total
     found: dict[float, Result] = {}
 
     def works(budget: float) -> bool:
-        folder = None if directory is None else Path(directory) / f"{budget:.5f}"
+        folder = None if directory is None else Path(directory) / repr(budget)
         found[budget] = compress(
             apply,
             variables,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,20 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from compaware_jax.boundary import trim
-from compaware_jax.coefficients import GradientSearch, Problem, Score
-from compaware_jax.cost import COSTS, Budget, Cost
-from compaware_jax.criteria import Apply, Criterion
-from compaware_jax.errors import BudgetError, RequestError
-from compaware_jax.fit import Batches, FitState, Loss, adam_cosine, fit_step
+from compaware_jax.coefficients import Problem, Score, Search, SearchMethod
+from compaware_jax.cost import COSTS, Budget
+from compaware_jax.criteria import Apply, Criterion, Verdict
+from compaware_jax.errors import BudgetError
+from compaware_jax.fit import Batches, FitState, Loss, adam_cosine, fit_step, is_finite
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
 from compaware_jax.job import describe_request
-from compaware_jax.loop import run_steps
+from compaware_jax.loop import run_steps, whole_number
 from compaware_jax.masks import apply_mask
 from compaware_jax.plan import Plan, plan_units
-from compaware_jax.request import check_budget, check_functions, check_request, check_steps, checked_criteria
+from compaware_jax.request import (
+    check_budget,
+    check_functions,
+    check_request,
+    checked_criteria,
+    checked_key,
+    checked_search,
+)
 from compaware_jax.select import keep_units, round_counts
-from compaware_jax.small_function import checked_work
+from compaware_jax.small_function import checked_work, costs_left
 from compaware_jax.surgery import shrink
 
 _LOG = logging.getLogger(__name__)
@@ -41,30 +48,115 @@ class Point:
       seed: of the data order and the sampled allocations.
       plan: what was kept.
       variables: the small variables; run them with ``slim(apply, plan)``.
-      cost: the cost reached, and that of the dense model. FLOPs are those that the small function runs, at
-        full width where it has to.
-      metrics: value per criterion on the held-out batch.
-      kept: whether each criterion is kept.
-      coefficients: kept share per group that the search ended with.
+      verdicts: per criterion its value before and after on the held-out batch, and whether it is kept.
+      costs: per cost its value before and after; the FLOPs are those that the small function runs, at full
+        width where it has to.
+      coefficients: kept share per group that the search ended with, shape (groups,).
+      diverged: whether the lane ended in values that are not finite; it keeps no criterion then.
     """
 
     budget: Budget
     seed: int
     plan: Plan
     variables: Any = field(repr=False)
-    cost: tuple[int, int]
-    metrics: Mapping[str, float]
-    kept: Mapping[str, bool]
+    verdicts: tuple[Verdict, ...]
+    costs: Mapping[str, tuple[int, int]]
     coefficients: np.ndarray
+    diverged: bool = False
+
+    @property
+    def kept(self) -> bool:
+        """Whether every criterion is kept."""
+        return not self.diverged and all(verdict.kept for verdict in self.verdicts)
 
 
-class _Lanes(NamedTuple):
+class _State(NamedTuple):
     """All lanes: the search's state, then the fine-tune's; gates and data offset per lane."""
 
     search: Any
     tune: FitState
     gates: jax.Array
     offset: jax.Array
+
+
+@dataclass(frozen=True, eq=False)
+class _Lanes:
+    """Searches, then fine-tunes, of many budgets and seeds, as pure functions of one state.
+
+    Attributes:
+      problem: what is asked.
+      search: the search for it.
+      limits: the cost that each lane aims at.
+      fine_tune: steps of the last phase.
+      learning_rate: of the last phase.
+    """
+
+    problem: Problem
+    search: Search
+    limits: tuple[int, ...]
+    fine_tune: int
+    learning_rate: float
+
+    @property
+    def steps(self) -> int:
+        """Steps of both phases."""
+        return self.search.steps + self.fine_tune
+
+    def init(self, variables: Any, asked: Sequence[tuple[Budget, int]], key: jax.Array) -> _State:
+        """Where all lanes start; the first seed has the key and the data order of `compress`."""
+        keys = jnp.stack([jax.random.fold_in(key, seed) if seed else key for _, seed in asked])
+        offset = jnp.array([seed * self.steps for _, seed in asked], jnp.int32)
+        fractions = jnp.array([budget.fraction for budget, _ in asked])
+        searches = jax.vmap(self.search.init, in_axes=(None, 0, 0, 0))(variables, fractions, keys, offset)
+        gates = jnp.ones((len(asked), self.problem.groups.units))
+        tune = jax.vmap(self._tuner(gates[0], offset[0])[0])(self.search.variables(searches))
+        return _State(searches, tune, gates, offset)
+
+    def step(self, state: _State, index: jax.Array) -> tuple[_State, dict[str, jax.Array]]:
+        """One step of the search or of the fine-tune, of all lanes."""
+        return jax.lax.cond(index < self.search.steps, self._searched, self._tuned, state, index)
+
+    def harden(self, state: _State) -> _State:
+        """Round every lane to its budget, on the host and in whole numbers."""
+        shares, trained = self.coefficients(state), self.search.variables(state.search)
+        # A lane that diverged is cut all the same: the others go on.
+        shares = np.where(np.isfinite(shares).all(1, keepdims=True), shares, 1.0)
+        scores = np.asarray(jax.vmap(lambda v: self.problem.score(self.problem.groups, v))(trained))
+        gates = [
+            keep_units(self.problem.groups, score, round_counts(self.problem.cost, share, limit))
+            for score, share, limit in zip(scores, shares, self.limits, strict=True)
+        ]
+        return state._replace(
+            gates=jnp.asarray(np.array(gates), state.gates.dtype),
+            tune=state.tune._replace(variables=trained),
+        )
+
+    def coefficients(self, state: _State) -> np.ndarray:
+        """Kept share per lane and group, shape (lanes, groups)."""
+        return np.asarray(jax.vmap(self.search.coefficients)(state.search))
+
+    def _tuner(self, gates: jax.Array, offset: jax.Array) -> Any:
+        problem = self.problem
+
+        def masked(tree: Any, *args: Any, **kwargs: Any) -> Any:
+            return problem.apply(apply_mask(problem.groups, gates, tree), *args, **kwargs)
+
+        def batches(index: jax.Array) -> Any:
+            return problem.batches(index + offset)
+
+        rule = adam_cosine(self.learning_rate, self.fine_tune)
+        return fit_step(masked, problem.loss, batches, rule, problem.criteria)
+
+    def _searched(self, state: _State, index: jax.Array) -> tuple[_State, dict[str, jax.Array]]:
+        new, info = jax.vmap(self.search.step, in_axes=(0, None))(state.search, index)
+        return state._replace(search=new), {"loss": info["loss"]}
+
+    def _tuned(self, state: _State, index: jax.Array) -> tuple[_State, dict[str, jax.Array]]:
+        def one(tune: FitState, gates: jax.Array, offset: jax.Array) -> Any:
+            return self._tuner(gates, offset)[1](tune, index - self.search.steps)
+
+        new, info = jax.vmap(one)(state.tune, state.gates, state.offset)
+        return state._replace(tune=new), info
 
 
 def sweep(
@@ -78,18 +170,21 @@ def sweep(
     seeds: int = 1,
     criteria: Sequence[Criterion] = (),
     held_out: Any = None,
-    search: GradientSearch | None = None,
+    search: SearchMethod | None = None,
     score: Score = l2,
     fine_tune: int = 2_000,
     learning_rate: float = 2e-3,
+    key: jax.Array | None = None,
     directory: str | os.PathLike[str] | None = None,
     allow_failing: bool = False,
     progress: bool = True,
 ) -> tuple[Point, ...]:
     """Compress a model to several budgets, with several seeds each, in one compiled program.
 
-    Every lane does what `compress` does, except that its fine-tune runs masked at full width, so that
-    all lanes have one shape. Arguments are those of `compress`.
+    The first lane of a budget does what `compress` does with the same key, except that its fine-tune runs
+    masked at full width, so that all lanes have one shape, and that the boundary is trimmed once, for the
+    highest budget. The lanes of the other seeds draw other data and allocations. Arguments are those of
+    `compress`.
 
     Args:
       apply: pure function ``apply(variables, *args)``.
@@ -101,17 +196,18 @@ def sweep(
       seeds: lanes per budget.
       criteria: measured at the end of every lane, and constraints on the way.
       held_out: the batch on which they are measured.
-      search: settings of the search.
-      score: ranks units within their group.
+      search: how coefficients are found; default `GradientSearch`.
+      score: ranks units within their group; see `compress`.
       fine_tune: steps of the last phase.
       learning_rate: of the last phase.
+      key: source of randomness; default ``jax.random.key(0)``.
       directory: where to keep checkpoints; None for none.
       allow_failing: go on although the dense model fails a criterion.
       progress: show a progress bar.
 
     Returns:
-      One `Point` per lane, budgets in the order given, seeds inside. A lane that diverged is warned of, and
-      keeps no criterion.
+      One `Point` per lane, budgets in the order given, seeds inside. A lane that diverged is warned of,
+      keeps no criterion, and leaves the others as they are.
 
     Raises:
       BudgetError: a budget is below what the fixed axes allow; the budgets are none, or on different costs.
@@ -121,133 +217,78 @@ def sweep(
     check_functions(apply, loss, batches)
     for budget in budgets:
         check_budget(budget)
-    if not isinstance(seeds, (int, np.integer)) or seeds < 1:
-        raise RequestError(f"sweep: seeds={seeds!r}, expected at least one lane per budget.")
-    check_steps(fine_tune, "sweep: fine_tune")
+    seeds = whole_number(seeds, "sweep: seeds", least=1)
+    fine_tune = whole_number(fine_tune, "sweep: fine_tune")
     kinds = {budget.cost for budget in budgets}
     if len(kinds) != 1:
         raise BudgetError(
             f"sweep: budgets are on {sorted(kinds) or 'nothing'}, expected one or more budgets, all on "
             "the same cost. Run one sweep per cost."
         )
-    limits = [budget.limit(groups) for budget in budgets]
+    limits = {budget: budget.limit(groups) for budget in budgets}
     cost = COSTS[kinds.pop()](groups)
-    method = search or GradientSearch()
+    method, key = checked_search(search), checked_key(key)
     problem = Problem(apply, loss, batches, groups, cost, checked_criteria(criteria), score)
     checked = check_request(problem, variables, held_out, allow_failing=allow_failing)
-    criteria = problem.criteria
     job = {} if directory is None else describe_request(problem, variables, method, checked.loss)
-    problem, start = trim(problem, variables, limits)
-    found = method.build(problem)
-    lanes = [(budget, limit, s) for budget, limit in zip(budgets, limits, strict=True) for s in range(seeds)]
-    total = found.steps + fine_tune
-
-    def tuner(gates: jax.Array, offset: jax.Array) -> Any:
-        def masked(tree: Any, *args: Any, **kwargs: Any) -> Any:
-            return apply(apply_mask(groups, gates, tree), *args, **kwargs)
-
-        rule = adam_cosine(learning_rate, fine_tune)
-        return fit_step(masked, loss, lambda index: batches(index + offset), rule, criteria)
-
-    def searching(state: _Lanes, index: jax.Array) -> tuple[_Lanes, dict[str, jax.Array]]:
-        new, info = jax.vmap(found.step, in_axes=(0, None))(state.search, index)
-        return state._replace(search=new), {"loss": info["loss"]}
-
-    def tuning(state: _Lanes, index: jax.Array) -> tuple[_Lanes, dict[str, jax.Array]]:
-        def one(tune: FitState, gates: jax.Array, offset: jax.Array) -> Any:
-            return tuner(gates, offset)[1](tune, index)
-
-        new, info = jax.vmap(one)(state.tune, state.gates, state.offset)
-        return state._replace(tune=new), info
-
-    def step(state: _Lanes, index: jax.Array) -> tuple[_Lanes, dict[str, jax.Array]]:
-        return jax.lax.cond(index < found.steps, searching, tuning, state, index)
-
-    def harden(state: _Lanes) -> _Lanes:
-        """Round every lane to its budget, on the host and in whole numbers."""
-        shares = np.asarray(jax.vmap(found.coefficients)(state.search))
-        trained = found.variables(state.search)
-        scores = np.asarray(jax.vmap(lambda v: problem.score(groups, v))(trained))
-        gates = [
-            keep_units(groups, scores[i], round_counts(problem.cost, shares[i], limit))
-            for i, (_, limit, _) in enumerate(lanes)
-        ]
-        return state._replace(
-            gates=jnp.asarray(np.array(gates), state.gates.dtype),
-            tune=state.tune._replace(variables=trained),
-        )
-
-    keys = jax.random.split(jax.random.key(0), max(seeds, 1))
-    offset = jnp.array([s * total for _, _, s in lanes], jnp.int32)
-    searches = jax.vmap(found.init, in_axes=(None, 0, 0, 0))(
-        start,
-        jnp.array([budget.fraction for budget, _, _ in lanes]),
-        jnp.stack([keys[s] for _, _, s in lanes]),
-        offset,
+    problem, start = trim(problem, variables, list(limits.values()))
+    asked = [(budget, seed) for budget in budgets for seed in range(seeds)]
+    lanes = _Lanes(
+        problem, method.build(problem), tuple(limits[budget] for budget, _ in asked), fine_tune, learning_rate
     )
-    gates = jnp.ones((len(lanes), groups.units))
-    tune = jax.vmap(lambda v: tuner(gates[0], offset[0])[0](v))(found.variables(searches))
     state, _ = run_steps(
-        step,
-        _Lanes(searches, tune, gates, offset),
-        total,
-        label=f"sweep of {len(lanes)} lanes",
+        lanes.step,
+        lanes.init(start, asked, key),
+        lanes.steps,
+        label=f"sweep of {len(asked)} lanes",
         chunk=50,
-        between={found.steps: harden},
+        between={lanes.search.steps: lanes.harden},
         directory=directory,
         job={
             **job,
             "budgets": [[b.cost, b.fraction] for b in budgets],
             "seeds": seeds,
+            "key": np.asarray(jax.random.key_data(key)),
             "fine_tune": [fine_tune, learning_rate],
         },
         progress=progress,
     )
-    return _points(state, lanes, cost, groups, apply, criteria, held_out, found)
+    return tuple(_points(lanes, state, asked, groups, held_out, checked.before))
 
 
 def _points(
-    state: _Lanes,
-    lanes: list[tuple[Budget, int, int]],
-    cost: Cost,
+    lanes: _Lanes,
+    state: _State,
+    asked: Sequence[tuple[Budget, int]],
     groups: Groups,
-    apply: Apply,
-    criteria: tuple[Criterion, ...],
     held_out: Any,
-    found: Any,
-) -> tuple[Point, ...]:
+    before: Mapping[str, float],
+) -> Iterator[Point]:
+    apply, criteria = lanes.problem.apply, lanes.problem.criteria
     masked = jax.vmap(lambda g, v: apply_mask(groups, g, v))(state.gates, state.tune.variables)
     # One lane at a time: a held-out set is much larger than a batch.
     values = jax.lax.map(lambda v: jnp.array([c.metric(apply, v, held_out) for c in criteria]), masked)
-    shares = np.asarray(jax.vmap(found.coefficients)(state.search))
-    points = []
-    for i, (budget, _, seed) in enumerate(lanes):
+    shares = lanes.coefficients(state)
+    for i, (budget, seed) in enumerate(asked):
         plan = plan_units(groups, np.asarray(state.gates[i]) > 0.5)
-        metrics = {c.name: float(value) for c, value in zip(criteria, values[i], strict=True)}
         small = shrink(jax.tree.map(lambda x, i=i: x[i], state.tune.variables), plan)
-        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(small)):
+        diverged = not (is_finite(small) and bool(np.isfinite(shares[i]).all()))
+        if diverged:
             _LOG.warning(
-                "sweep: seed %d of budget %g ended in values that are not finite; lower its learning rate.",
+                "sweep: seed %d of budget %g ended in values that are not finite; lower its learning rates.",
                 seed,
                 budget.fraction,
             )
-        points.append(
-            Point(
-                budget=budget,
-                seed=seed,
-                plan=plan,
-                variables=small,
-                cost=(_reached(groups, plan, budget, cost), cost.total),
-                metrics=metrics,
-                kept={c.name: c.keeps(metrics[c.name]) for c in criteria},
-                coefficients=shares[i],
-            )
+        yield Point(
+            budget=budget,
+            seed=seed,
+            plan=plan,
+            variables=small,
+            verdicts=tuple(
+                Verdict(str(c), before[c.name], value, c.keeps(value) and not diverged)
+                for c, value in zip(criteria, values[i].tolist(), strict=True)
+            ),
+            costs=costs_left(groups, plan, checked_work(groups, plan, budget)[1]),
+            coefficients=shares[i],
+            diverged=diverged,
         )
-    return tuple(points)
-
-
-def _reached(groups: Groups, plan: Plan, budget: Budget, cost: Cost) -> int:
-    """What a plan costs; FLOPs are those that the small function runs, at full width where it has to."""
-    if budget.cost == "flops":
-        return checked_work(groups, plan, budget)[1]
-    return cost.exact(np.array([kept for _, kept, _ in plan.counts]))

@@ -76,6 +76,8 @@ def main(config: Config) -> None:
     dense_metrics = metrics_of(task.model.apply, dense, task.held_out)
     groups = task.groups(dense)
 
+    criteria = criteria_below(dense_metrics, {"PSNR (dB)": 1.0, "SSIM": 0.05, "k-NN": 0.05})
+    metrics = [criterion.name for criterion in criteria]
     jax.monitoring.register_event_duration_secs_listener(count)
     started = time.perf_counter()
     points = ca.sweep(
@@ -86,7 +88,7 @@ def main(config: Config) -> None:
         groups=groups,
         budgets=[ca.params(b) for b in config.budgets],
         seeds=config.seeds,
-        criteria=criteria_below(dense_metrics, {"PSNR (dB)": 1.0, "SSIM": 0.05, "k-NN": 0.05}),
+        criteria=criteria,
         held_out=task.held_out,
         search=config.search,
         fine_tune=config.fine_tune,
@@ -102,34 +104,34 @@ def main(config: Config) -> None:
         "parameters",
         "reached",
         "of budget",
-        *points[0].metrics,
+        *metrics,
         "kept",
         *names,
     ]
     table = []
     for point in points:
-        cost, total = point.cost
+        total, left = point.costs["parameters"]
         table.append(
             [
                 f"{point.budget.fraction:g}",
                 point.seed,
-                cost,
-                f"{cost / total:.3%}",
-                f"{cost / total / point.budget.fraction:.2%}",
-                *(f"{value:.3f}" for value in point.metrics.values()),
-                "yes" if all(point.kept.values()) else "no",
+                left,
+                f"{left / total:.3%}",
+                f"{left / total / point.budget.fraction:.2%}",
+                *(f"{verdict.after:.3f}" for verdict in point.verdicts),
+                "yes" if point.kept else "no",
                 *(kept for _, kept, _ in point.plan.counts),
             ]
         )
         point.plan.save(folder / f"plan-{point.budget.fraction:g}-{point.seed}.json")
     with (folder / "sweep.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *table])
-    metric = "PSNR (dB)"
+    metric = metrics[0]
     series = {"dense": [(100.0, dense_metrics[metric])]}
     for seed in range(config.seeds):
-        series[f"seed {seed}"] = [
-            (100 * p.cost[0] / p.cost[1], p.metrics[metric]) for p in points if p.seed == seed
-        ]
+        own = [point for point in points if point.seed == seed]
+        left = [point.costs["parameters"][1] / point.costs["parameters"][0] for point in own]
+        series[f"seed {seed}"] = [(100 * x, p.verdicts[0].after) for x, p in zip(left, own, strict=True)]
     save_figures(folder, {"trade_off": trade_off_figure(series, metric=f"{metric}, held-out")})
     print(text_table(header, table, f"{len(points)} lanes; dense {dense_metrics[metric]:.2f} dB"))
     programs = sum(name == "jit(run_chunk)" for name in compilations)

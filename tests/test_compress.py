@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -48,6 +49,21 @@ def compress(trained, **changes):
         "progress": False,
     }
     return ca.compress(tasks.apply, variables, tasks.loss, tasks.batches, **(settings | changes))
+
+
+def sweep(trained, **changes):
+    variables, groups = trained
+    settings = {
+        "groups": groups,
+        "budgets": [ca.params(0.5)],
+        "criteria": [BOUND],
+        "held_out": tasks.held_out(),
+        "search": ca.GradientSearch(steps=10),
+        "fine_tune": 10,
+        "learning_rate": 1e-2,
+        "progress": False,
+    }
+    return ca.sweep(tasks.apply, variables, tasks.loss, tasks.batches, **(settings | changes))
 
 
 def test_end_to_end(trained):
@@ -139,13 +155,29 @@ def test_bad_input(trained, tmp_path):
         )  # fmt: skip
     for message, changes in {
         "all on the same cost": {"budgets": [ca.params(0.5), ca.flops(0.5)]},
-        "at least one lane": {"budgets": [ca.params(0.5)], "seeds": 0},
+        "seeds=0, expected a whole number, 1 or more": {"budgets": [ca.params(0.5)], "seeds": 0},
     }.items():
         with pytest.raises(ValueError, match=message):
             ca.sweep(tasks.apply, variables, tasks.loss, tasks.batches, groups=groups, **changes)
-    for wrong in ({"steps": 0}, {"ramp": -0.1}, {"harden": 2.0}):
-        with pytest.raises(RequestError, match="expected at least one step"):
+    for wrong in ({"steps": 0}, {"ramp": -0.1}, {"harden": 2.0}, {"noise": float("nan")}, {"travel": -1.0}):
+        with pytest.raises(RequestError, match=f"GradientSearch: .*{next(iter(wrong))}=.*expected"):
             ca.GradientSearch(**wrong)
+    for wrong in (
+        {"levels": ()},
+        {"levels": (0.0, 1.0)},
+        {"at_once": 0},
+        {"validate": 0},
+        {"steps_each": -1},
+    ):
+        with pytest.raises(RequestError, match=f"GridSearch: {next(iter(wrong))}=.*expected"):
+            ca.GridSearch(**wrong)
+    with pytest.raises(RequestError, match="expected a configured search"):
+        inspect.unwrap(ca.sweep)(
+            tasks.apply, variables, tasks.loss, tasks.batches, groups=groups, budgets=[ca.params(0.5)],
+            search=ca.GradientSearch,
+        )  # fmt: skip
+    with pytest.raises(RequestError, match="fit: steps=-1, expected a whole number"):
+        ca.fit(tasks.apply, variables, tasks.loss, tasks.batches, -1)
 
 
 def test_foreign_and_corrupt_checkpoints(trained, tmp_path):
@@ -164,22 +196,16 @@ def test_foreign_and_corrupt_checkpoints(trained, tmp_path):
 
 
 def test_sweep_refuses_what_compress_refuses(trained, tmp_path):
-    variables, groups = trained
-
-    def run(start, **changes):
-        settings = {
-            "groups": groups, "budgets": [ca.params(0.5)], "search": ca.GradientSearch(steps=10),
-            "fine_tune": 10, "directory": tmp_path, "progress": False,
-        }  # fmt: skip
-        return ca.sweep(tasks.apply, start, tasks.loss, tasks.batches, **(settings | changes))
-
-    run(variables)
+    run = partial(sweep, directory=tmp_path, criteria=[])
+    run(trained)
     with pytest.raises(CheckpointError, match="another job"):
-        run(jax.tree.map(lambda x: x + 1, variables))
+        run((jax.tree.map(lambda x: x + 1, trained[0]), trained[1]))
     with pytest.raises(CheckpointError, match="another job"):
-        run(variables, search=ca.GradientSearch(steps=15), fine_tune=5)
+        run(trained, search=ca.GradientSearch(steps=15), fine_tune=5)
+    with pytest.raises(CheckpointError, match=r"another job.*key"):
+        run(trained, key=jax.random.key(1))
     with pytest.raises(CriterionError, match="criteria need held_out"):
-        run(variables, criteria=[BOUND])
+        run(trained, criteria=[BOUND], held_out=None)
 
 
 def test_requests_that_cannot_work(trained):
@@ -254,22 +280,24 @@ def test_killed_and_started_again(tmp_path, environment):
 
 
 def test_sweep_is_what_compress_does(trained):
-    variables, groups = trained
     budgets = [ca.params(b) for b in (0.3, 0.6)]
-    points = ca.sweep(
-        tasks.apply, variables, tasks.loss, tasks.batches, groups=groups, budgets=budgets, seeds=2,
-        criteria=[BOUND], held_out=tasks.held_out(), search=tasks.SEARCH, fine_tune=100,
-        learning_rate=1e-2, progress=False,
-    )  # fmt: skip
+    points = sweep(trained, budgets=budgets, seeds=2, search=tasks.SEARCH, fine_tune=100)
     assert [(p.budget.fraction, p.seed) for p in points] == [(0.3, 0), (0.3, 1), (0.6, 0), (0.6, 1)]
     for point in points:
-        cost, total = point.cost
+        total, cost = point.costs["parameters"]
         assert 0.9 * point.budget.fraction * total <= cost <= point.budget.fraction * total
         small_apply = ca.slim(tasks.apply, point.plan)
         got = float(tasks.error(small_apply, point.variables, tasks.held_out()))
-        assert got == pytest.approx(point.metrics["error"], rel=1e-4)
-        assert point.kept["error"] == (got <= 0.25)
+        assert got == pytest.approx(point.verdicts[0].after, rel=1e-4)
+        assert point.kept == point.verdicts[0].kept == (got <= 0.25)
     assert not np.array_equal(points[0].coefficients, points[1].coefficients)
+    for point in points[::2]:
+        alone = compress(trained, budget=point.budget, search=tasks.SEARCH, fine_tune=100)
+        np.testing.assert_allclose(point.coefficients, alone.found.coefficients, rtol=1e-3)
+        assert point.plan == alone.plan
+        assert point.costs == alone.costs
+        assert point.verdicts[0].before == alone.verdicts[0].before
+        assert point.verdicts[0].after == pytest.approx(alone.verdicts[0].after, rel=1e-2)
 
 
 def test_work_at_full_width_is_said(caplog):
@@ -331,7 +359,7 @@ def test_flops_that_run_at_full_width_are_counted(caplog):
     warning = "With it 75% of the FLOPs are left, above the budget."
     assert caplog.text.count(warning) == 1
     (point,) = ca.sweep(*model, budgets=[ca.flops(0.5)], **settings)
-    assert point.cost == result.costs["flops"][::-1]
+    assert point.costs == result.costs
     assert caplog.text.count(warning) == 2
 
 
@@ -344,6 +372,26 @@ def test_checkpoints_are_of_the_same_demands(trained, tmp_path):
             (variables, ca.constrain(groups, whole=groups.groups[2].name)), directory=tmp_path, fine_tune=20
         )
     compress((variables, whole), directory=tmp_path, fine_tune=20)
+
+
+def test_checkpoints_are_of_the_same_score(trained, tmp_path):
+    def worst(groups, variables):
+        return -ca.importance.l2(groups, variables)
+
+    scores = {"score": lambda groups, variables: ca.importance.l2(groups, variables)}
+    compress(trained, directory=tmp_path, fine_tune=20, **scores)
+    with pytest.raises(CheckpointError, match=r"another job.*score"):
+        compress(trained, directory=tmp_path, fine_tune=20, score=lambda groups, v: worst(groups, v))
+    compress(trained, directory=tmp_path, fine_tune=20, **scores)
+
+
+def test_trainings_are_told_apart(trained, tmp_path):
+    fit = partial(ca.fit, tasks.apply, trained[0], steps=5, directory=tmp_path, progress=False)
+    fit(tasks.loss, tasks.batches)
+    with pytest.raises(CheckpointError, match=r"another job.*'loss'"):
+        fit(tasks.error, tasks.batches)
+    with pytest.raises(CheckpointError, match=r"another job.*'data'"):
+        fit(tasks.loss, lambda step: tasks.batches(step + 7))
 
 
 def test_checkpoints_are_of_the_same_loss_and_data(trained, tmp_path):
@@ -384,14 +432,32 @@ def test_training_that_diverges_is_an_error(trained):
 
 
 def test_a_lane_that_diverges_is_warned_of(trained, caplog):
-    variables, groups = trained
-    (point,) = ca.sweep(
-        tasks.apply, variables, tasks.loss, tasks.batches, groups=groups, budgets=[ca.params(0.5)],
-        search=ca.GradientSearch(steps=10), fine_tune=10, learning_rate=1e30, criteria=[BOUND],
-        held_out=tasks.held_out(), progress=False,
-    )  # fmt: skip
+    (point,) = sweep(trained, learning_rate=1e30)
     assert "seed 0 of budget 0.5 ended in values that are not finite" in caplog.text
-    assert point.kept == {"error": False}
+    assert point.diverged
+    assert not point.verdicts[0].kept
+
+
+def test_a_lane_that_diverges_in_its_search_leaves_the_others(trained):
+    """The second seed meets a batch of values that are not finite; its criterion cannot tell."""
+
+    def batches(step):
+        return jnp.where(step >= 10 + 10, jnp.nan, tasks.batches(step))
+
+    def blind(apply, variables, batch):
+        return jnp.nan_to_num(tasks.error(apply, variables, batch), nan=0.0)
+
+    variables, groups = trained
+    fine, broken = ca.sweep(
+        tasks.apply, variables, tasks.loss, batches, groups=groups, budgets=[ca.params(0.5)], seeds=2,
+        criteria=[ca.at_most("error", blind, 10.0, trainable=False)], held_out=tasks.held_out(),
+        search=ca.GradientSearch(steps=10), fine_tune=10, progress=False,
+    )  # fmt: skip
+    assert (fine.diverged, broken.diverged) == (False, True)
+    assert (fine.kept, broken.kept) == (True, False)
+    assert not broken.verdicts[0].kept
+    (alone,) = sweep(trained, criteria=[], learning_rate=2e-3)
+    np.testing.assert_allclose(fine.coefficients, alone.coefficients, rtol=1e-5)
 
 
 def test_threshold_that_was_measured(trained):
@@ -405,11 +471,36 @@ def test_threshold_that_was_measured(trained):
 
 
 def test_sweep_without_fine_tune_is_cut_all_the_same(trained):
-    variables, groups = trained
-    (point,) = ca.sweep(
-        tasks.apply, variables, tasks.loss, tasks.batches, groups=groups, budgets=[ca.params(0.5)],
-        search=ca.GradientSearch(steps=50), fine_tune=0, progress=False,
-    )  # fmt: skip
-    cost, total = point.cost
+    (point,) = sweep(trained, criteria=[], search=ca.GradientSearch(steps=50), fine_tune=0)
+    total, cost = point.costs["parameters"]
     assert 0.45 * total < cost <= 0.5 * total
     assert sum(x.size for x in jax.tree.leaves(point.variables)) == cost
+
+
+def test_counts_may_be_of_numpy(trained, tmp_path):
+    """A checkpoint says what it is of in JSON, which knows no numpy."""
+    variables, groups = trained
+    task = tasks.apply, variables, tasks.loss, tasks.batches
+    settings = {
+        "groups": groups,
+        "search": ca.GradientSearch(steps=5),
+        "fine_tune": np.int64(5),
+        "progress": False,
+    }
+    for _ in range(2):
+        inspect.unwrap(ca.compress)(*task, budget=ca.params(0.5), directory=tmp_path / "one", **settings)
+        inspect.unwrap(ca.sweep)(
+            *task, budgets=[ca.params(0.5)], seeds=np.int64(1), directory=tmp_path / "many", **settings
+        )
+
+
+def test_a_search_without_a_best_point_is_an_error(trained):
+    def batches(step):
+        return jnp.where(step >= 1, jnp.nan, tasks.batches(step))
+
+    variables, groups = trained
+    with pytest.raises(DivergenceError, match=r"search: .*\['coefficients'\]"):
+        ca.compress(
+            tasks.apply, variables, tasks.loss, batches, groups=groups, budget=ca.params(0.5),
+            search=ca.GridSearch(levels=(0.5, 1.0), steps_each=1), progress=False,
+        )  # fmt: skip

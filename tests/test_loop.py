@@ -76,8 +76,9 @@ def test_other_lengths_are_another_job(tmp_path, changed):
         run(settings["steps"], chunk=settings["chunk"], directory=tmp_path)
 
 
-def test_interrupted_while_a_chunk_runs(tmp_path, monkeypatch):
-    """Ctrl-C mostly lands where the loop waits for a chunk: that chunk must not count as done."""
+@pytest.mark.parametrize("between", [{}, {15: lambda state: {**state, "x": 2 * state["x"]}}])
+def test_interrupted_while_a_chunk_runs(tmp_path, monkeypatch, between):
+    """Ctrl-C mostly lands where the loop waits for a chunk: neither it nor what came before it is done."""
     calls = []
     wait = jax.device_get
 
@@ -89,9 +90,9 @@ def test_interrupted_while_a_chunk_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(jax, "device_get", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(40, chunk=5, directory=tmp_path)
-    state, _ = run(40, chunk=5, directory=tmp_path)
-    assert state["x"] == run(40, chunk=5)[0]["x"]
+        run(40, chunk=5, directory=tmp_path, between=between)
+    state, _ = run(40, chunk=5, directory=tmp_path, between=between)
+    assert state["x"] == run(40, chunk=5, between=between)[0]["x"]
 
 
 def test_finished_run_returns_at_once(tmp_path):
@@ -111,6 +112,14 @@ def test_other_job_and_other_shapes_are_refused(tmp_path):
             lambda s, i: (s, {"y": jnp.zeros(3)}), {"other": jnp.zeros((2, 2))}, 20, label="test",
             chunk=5, directory=tmp_path, job={"seed": 1}, progress=False,
         )  # fmt: skip
+
+
+def test_jobs_may_hold_tuples_and_numbers_of_numpy(tmp_path):
+    job = {"rate": np.float32(0.5), "steps": np.int64(3), "shape": (1, 2), "key": jnp.arange(2)}
+    run(20, chunk=5, directory=tmp_path, job=job)
+    run(20, chunk=5, directory=tmp_path, job=job)
+    with pytest.raises(CheckpointError, match="another job"):
+        run(20, chunk=5, directory=tmp_path, job=job | {"key": jnp.arange(1, 3)})
 
 
 def test_a_chunk_ends_before_what_happens_between(tmp_path):
