@@ -78,13 +78,17 @@ def is_elementwise(block: Block) -> bool:
 
 
 def derivative_of(eqn: Equation) -> jex.ClosedJaxpr | None:
-    """The derivative rule of a call as a jaxpr of its primals and tangents; None without one."""
+    """The derivative rule of a call as a jaxpr of primals and tangents; None without one for all of them."""
     if not all(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in eqn.in_avals):
         return None
     avals = [struct_of(aval, aval.dtype) for aval in eqn.in_avals]
-    return jax.make_jaxpr(lambda primals, tangents: jax.jvp(eqn.run, primals, tangents)[1])(
-        tuple(avals), tuple(avals)
-    )
+    try:
+        return jax.make_jaxpr(lambda primals, tangents: jax.jvp(eqn.run, primals, tangents)[1])(
+            tuple(avals), tuple(avals)
+        )
+    except Exception:
+        # A rule may refuse tangents of some operands, such as data, with whatever error it likes.
+        return None
 
 
 def number_of(constant: Any) -> float | None:

@@ -22,9 +22,9 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import primitives as p
 
-from compaware_jax.errors import TraceError
+from compaware_jax.errors import TraceError, gist
 from compaware_jax.paths import named_leaves, path_name
-from compaware_jax.placement import struct_of
+from compaware_jax.placement import explicit, struct_of
 from compaware_jax.program import Block, Equation, Program
 
 _INLINED = {p.jit_p: "jaxpr", p.remat_p: "jaxpr", p.closed_call_p: "call_jaxpr"}
@@ -85,10 +85,9 @@ def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) 
         closed = jax.make_jaxpr(flat)(*leaves)
     except Exception as error:
         name = getattr(apply, "__qualname__", repr(apply))
-        what = next(iter(str(error).splitlines()), "")
         raise TraceError(
             f"trace: `{name}` cannot be traced with these variables and inputs "
-            f"({type(error).__name__}: {what}). Expected a pure JAX function "
+            f"({gist(error)}). Expected a pure JAX function "
             "called as apply(variables, *args) with the variables it was initialised with; check that "
             "the tree, the shapes and the order of the arguments fit, and close over static arguments "
             "(a training flag) with functools.partial."
@@ -230,10 +229,23 @@ class _Flattener:
         inner, constants = _open(jaxpr)
         return self.block(inner, [self.constant(c) for c in constants])
 
+    def is_nothing(self, value: int) -> bool:
+        """Whether an array has no elements, whatever its inputs are."""
+        aval = self.avals[value]
+        plain = not jnp.issubdtype(aval.dtype, jax.dtypes.extended) and explicit(aval.sharding) is None
+        return plain and 0 in aval.shape
+
     def fold(self, eqn: Equation) -> bool:
-        """Evaluate an equation of constants alone, where its results are positions, flags or scalars."""
+        """Evaluate an equation of constants alone, where its results are positions, flags or scalars.
+
+        Nothing at all needs no evaluation: padding of no width selects no elements.
+        """
         if eqn.bodies or eqn.source.effects or eqn.primitive in _NEVER_FOLDED:
             return False
+        if eqn.outputs and all(map(self.is_nothing, eqn.outputs)):
+            results = (np.zeros(aval.shape, aval.dtype) for aval in map(self.avals.__getitem__, eqn.outputs))
+            self.constants.update(zip(eqn.outputs, results, strict=True))
+            return True
         inputs = [self.constants.get(v) for v in eqn.inputs]
         if any(x is None or isinstance(x, Tracer) for x in inputs):
             return False

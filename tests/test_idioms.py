@@ -21,6 +21,10 @@ def rows(h, index, **how):
     return jnp.take(h, index, axis=0, **how)
 
 
+def over_a_name(function, h):
+    return jax.vmap(function, axis_name="rows")(h)
+
+
 # What becomes of hidden channels h (4, 6) before they are summed and multiplied.
 HIDDEN = {
     "filled with a number": lambda h: h.at[OUTSIDE].get(mode="fill", fill_value=1.0),
@@ -39,6 +43,13 @@ HIDDEN = {
     "segments without members": lambda h: jnp.maximum(
         jax.ops.segment_max(h, jnp.array([0, 0, 2, 2]), 4), -3.0
     ),
+    "a norm over the name of a mapped axis": lambda h: over_a_name(
+        lambda row: (row - lax.pmean(row, "rows")) / (1 + lax.psum(row**2, "rows")), h
+    ),
+    "extremes over the name of a mapped axis": lambda h: over_a_name(
+        lambda row: row * lax.pmax(row, "rows") - lax.pmin((row, 2 * row), "rows")[1], lax.stop_gradient(h)
+    ),
+    "edges, of no width along the channels": lambda h: jnp.pad(h, ((1, 1), (0, 0)), mode="edge"),
     "truth values": lambda h: jnp.where(h > 0.2, 1.0, 0.0) + h,
 }
 
@@ -288,3 +299,26 @@ def test_cache_that_comes_out_cut():
     assert max(law_errors(apply, variables, *args, keep=keep, groups=groups)) <= 1e-10
     plan = ca.plan_units(groups, keep)
     assert ca.shrink(variables, plan)["cache"]["k"].shape[2] < 4
+
+
+def test_a_rule_that_refuses_tangents_of_data():
+    """It is asked for all tangents at once, which the gradient by the variables never needs."""
+
+    @jax.custom_jvp
+    def data(x):
+        return 2 * x
+
+    @data.defjvp
+    def _(primals, tangents):
+        raise RuntimeError("data have no derivative")
+
+    def apply(v, x):
+        return jnp.tanh(data(x) @ v["a"]) @ v["b"]
+
+    groups = ca.find_groups(apply, VARIABLES, X, strict=True)
+    assert groups.units == 6
+    plan = ca.plan_units(groups, KEEP)
+    small = ca.slim(apply, plan), ca.shrink(VARIABLES, plan)
+    full = jax.grad(lambda v: apply(v, X).sum())(ca.apply_mask(groups, KEEP * 1.0, VARIABLES))
+    got = jax.grad(lambda v: small[0](v, X).sum())(small[1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), ca.shrink(full, plan), got)

@@ -112,28 +112,30 @@ def reduction(primitive: Primitive, *, sums: bool) -> None:
     """Register a reduction over ``params["axes"]``.
 
     Args:
-      primitive: takes one operand.
+      primitive: takes one operand, or reduces several alike.
       sums: whether zeros do not change the result; otherwise a cut reduced axis is un-cut.
     """
 
     def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
-        (x,) = inputs
-        kept_axes = [a for a in range(len(x.shape)) if a not in eqn.params["axes"]]
-        factors = []
-        for factor in x.factors:
-            if any(a in kept_axes for a in factor.axes):
-                if _cut_within(ledger, factor, kept_axes):
-                    continue
-                factor = ledger.collapse(factor, kept_axes)
-                factors.append(factor.moved({a: kept_axes.index(a) for a in factor.axes}))
-        return [Tracked(eqn.out_shapes[0], tuple(factors))]
+        results = []
+        for x, shape in zip(inputs, eqn.out_shapes, strict=True):
+            kept_axes = [a for a in range(len(x.shape)) if a not in eqn.params["axes"]]
+            factors = []
+            for factor in x.factors:
+                if any(a in kept_axes for a in factor.axes):
+                    if _cut_within(ledger, factor, kept_axes):
+                        continue
+                    factor = ledger.collapse(factor, kept_axes)
+                    factors.append(factor.moved({a: kept_axes.index(a) for a in factor.axes}))
+            results.append(Tracked(shape, tuple(factors)))
+        return results
 
     def slim(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
-        (x,) = operands
-        for axis in eqn.params["axes"]:
-            if x.kept[axis] is not None and not (sums and x.zero[axis]):
-                return None
-        return bind(eqn, [x.array])
+        for x in operands:
+            for axis in eqn.params["axes"]:
+                if x.kept[axis] is not None and not (sums and x.zero[axis]):
+                    return None
+        return bind(eqn, [x.array for x in operands])
 
     register_rule(primitive, couple, slim)
 
