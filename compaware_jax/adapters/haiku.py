@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +95,8 @@ def functional(
     if not isinstance(transformed, hk.Transformed):
         raise TraceError(
             f"haiku.functional: got a {type(transformed).__name__}, expected what hk.transform or "
-            "hk.transform_with_state returns (not wrapped in hk.without_apply_rng; rng is None by default)."
+            "hk.transform_with_state returns. Of hk.multi_transform, pass "
+            "hk.Transformed(transformed.init, f) with one of the functions f of transformed.apply."
         )
     if state is not None or updates:
         raise TraceError(
@@ -102,9 +104,11 @@ def functional(
             "out, or use hk.transform_with_state."
         )
     plain = transformed.apply
+    # What hk.without_apply_rng returns takes no random key.
+    keys = (rng,) if list(inspect.signature(plain).parameters)[1:2] == ["rng"] else ()
 
     def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
-        return plain(variables, rng, *args, **static_kwargs, **kwargs)
+        return plain(variables, *keys, *args, **static_kwargs, **kwargs)
 
     return apply, params
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import unfreeze
 
 from compaware_jax.adapters.rebuilt import check_rebuilt
 from compaware_jax.adapters.widths import leaf_number, surviving_blocks
 from compaware_jax.errors import PlanError, TraceError
+from compaware_jax.paths import named_leaves
 from compaware_jax.plan import Plan
 
 __all__ = ["check_rebuilt", "feature_counts", "functional"]
@@ -109,9 +112,13 @@ def feature_counts(
             "no widths express. Find the groups without boundary=True, or use `slim`, which runs any plan."
         )
     layers: dict[str, nn.Module] = {}
+    seen: dict[str, dict[str, tuple[int, ...]]] = {}
 
     def note(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        layers.setdefault("/".join(context.module.path), context.module)
+        layer, path = context.module, "/".join(context.module.path)
+        layers.setdefault(path, layer)
+        held = nn.unbox(layer.variables.get("params", {}))
+        seen.setdefault(path, {name: jnp.shape(x) for name, x in named_leaves(held)})
         return call(*args, **kwargs)
 
     def run(variables: Any, *args: Any) -> Any:
@@ -126,7 +133,7 @@ def feature_counts(
             continue
         for kind, widths in _WIDTHS:
             if isinstance(layer, kind):
-                if found := widths(layer, _Shapes(plan, path)):
+                if found := widths(layer, _Shapes(plan, path, seen[path])):
                     counts[path] = found
                 if kind in (nn.MultiHeadDotProductAttention, nn.RNNCellBase):
                     whole.append(path)
@@ -151,25 +158,46 @@ def _checked(module: Any, variables: Any, caller: str) -> dict[str, Any]:
 
 
 class _Shapes:
-    """Shapes of a layer's small arrays."""
+    """Shapes of a layer's small arrays, as the layer sees them."""
 
-    def __init__(self, plan: Plan, layer: str):
+    def __init__(self, plan: Plan, layer: str, seen: dict[str, tuple[int, ...]]):
         self.plan = plan
         self.layer = layer
+        self.seen = seen
 
     def path(self, name: str) -> str:
-        return "/".join(part for part in ("params", self.layer, name) if part)
+        path = "/".join(part for part in ("params", self.layer, name) if part)
+        # The array in a box, such as that of nn.with_partitioning.
+        boxed = f"{path}/value"
+        return boxed if any(leaf.path == boxed for leaf in self.plan.leaves) else path
 
     def __call__(self, name: str) -> tuple[int, ...]:
-        return self.plan.small_shape(leaf_number(self.plan, self.path(name)))
+        number = leaf_number(self.plan, self.path(name))
+        full, small = self.plan.leaves[number].shape, self.plan.small_shape(number)
+        lifted = len(full) - len(self.seen[name])
+        if not lifted:
+            return small
+        # The layer runs under nn.vmap or nn.scan, whose axis lies anywhere.
+        axes = itertools.combinations(range(len(full)), lifted)
+        left = {_without(small, gone) for gone in axes if _without(full, gone) == self.seen[name]}
+        if len(left) != 1:
+            raise PlanError(
+                f"feature_counts: `{self.path(name)}` has shape {full}, `{self.layer}` sees "
+                f"{self.seen[name]}, and what is left of it is one of {sorted(left)}. Use `slim`, which runs "
+                "any plan."
+            )
+        return left.pop()
 
     def blocks(self, name: str, number: int) -> tuple[int, int]:
         return surviving_blocks(self.plan, self.path(name), number)
 
     def names(self) -> Iterable[str]:
         """Leaves of the layer, by their paths inside it."""
-        prefix = self.path("") + "/"
-        return [leaf.path[len(prefix) :] for leaf in self.plan.leaves if leaf.path.startswith(prefix)]
+        return self.seen
+
+
+def _without(shape: tuple[int, ...], axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
 def _dense(layer: Any, shapes: _Shapes) -> Widths:

@@ -180,10 +180,11 @@ def _reseed(model: Any, key: jax.Array) -> None:
 
 
 def _is_held(path: Any, variable: Any) -> bool:
-    """Whether a variable is no floating-point array: keys and counters."""
+    """Whether a variable is no floating-point array: keys, counters, what `sow` gathers."""
     if isinstance(variable, nnx.Variable):
         variable = variable.get_value()
-    return not jnp.issubdtype(jax.dtypes.result_type(variable), np.inexact)
+    array = hasattr(variable, "dtype") and hasattr(variable, "shape")
+    return not (array and jnp.issubdtype(variable.dtype, np.inexact))
 
 
 def _described(model: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from compaware_jax.errors import PlanError
+from compaware_jax.errors import PlanError, gist
 from compaware_jax.paths import named_leaves
 from compaware_jax.plan import Plan
 from compaware_jax.small_function import slim
@@ -72,7 +72,7 @@ def compare(
     except Exception as error:  # Any error of the model's own code says that it cannot be rebuilt.
         raise PlanError(
             f"{caller}: the model's own code does not run on the smaller arrays "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}). Give "
+            f"({gist(error)}). Give "
             f"its layers the widths of the plan, or use `{instead}`, which runs any plan."
         ) from error
     shapes = [[(path, np.shape(leaf)) for path, leaf in named_leaves(tree)] for tree in (got, expected)]
@@ -90,8 +90,9 @@ def compare(
         raise PlanError(
             f"{caller}: the rebuilt model differs from `{instead}` by {difference:.2g} of the outputs' norm "
             f"(allowed: {tolerance:.2g}). A normalisation over a cut axis, the scale of attention or a "
-            "reshape is traced anew with the constants of the smaller width, which is another function. Use "
-            f"`{instead}`, which keeps the constants of the full model."
+            "reshape is traced anew with the constants of the smaller width, which is another function; and "
+            "what is drawn at random, as for dropout, is drawn anew at the smaller shapes. Use "
+            f"`{instead}`, which keeps the constants and the draws of the full model."
         )
     return difference
 

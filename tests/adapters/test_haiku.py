@@ -2,6 +2,8 @@
 
 import haiku as hk
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import compaware_jax as ca
@@ -84,3 +86,12 @@ def test_refusals():
         adapter.functional(build(with_state=False), {}, {})
     with pytest.raises(TraceError, match=r"got a function, expected what hk\.transform"):
         adapter.functional(lambda x: x, {})
+
+
+def test_transformed_without_a_random_key(x64):
+    net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([6, 2])(x)))
+    x = jnp.ones((4, 3))
+    params = net.init(jax.random.key(0), x)
+    apply, variables = adapter.functional(net, params)
+    np.testing.assert_array_equal(apply(variables, x), net.apply(params, x))
+    assert ca.find_groups(apply, variables, x).units == 6

@@ -204,3 +204,50 @@ def test_counts_of_a_cut_boundary_are_refused():
     keep[groups.groups[0].slice] = [True, False, True, True]  # One input is not read.
     with pytest.raises(PlanError, match="read less of an input"):
         adapter.feature_counts(module, variables, ca.plan_units(groups, keep), x)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_counts_of_layers_in_boxes_and_under_vmap(axis):
+    class Members(nn.Module):
+        width: int = 5
+
+        @nn.compact
+        def __call__(self, x):
+            kernel = nn.with_partitioning(nn.initializers.normal(), (None, "model"))
+            x = jnp.tanh(nn.Dense(6, kernel_init=kernel)(x))
+            lifted = nn.vmap(
+                nn.Dense,
+                variable_axes={"params": axis},
+                split_rngs={"params": True},
+                in_axes=None,
+                axis_size=3,
+            )
+            return nn.Dense(2)(jnp.tanh(lifted(self.width)(x)).sum(0))
+
+    module, x = Members(), jnp.ones((2, 3))
+    apply, variables = adapter.functional(module, module.init(jax.random.key(0), x))
+    groups = ca.find_groups(apply, variables, x)
+    keep = np.ones(groups.units, bool)
+    for units, leaves in ((6, 2), (5, 1)):
+        group = next(group for group in groups.groups if group.units == units)
+        keep[group.offset : group.offset + leaves] = False
+    counts = adapter.feature_counts(module, variables, ca.plan_units(groups, keep), x)
+    assert counts["Dense_0"] == {"features": 4}
+    assert counts["VmapDense_0"] == {"features": 4}
+
+
+def test_counts_under_vmap_that_shapes_do_not_tell():
+    class Members(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            lifted = nn.vmap(
+                nn.Dense, variable_axes={"params": -1}, split_rngs={"params": True}, in_axes=None, axis_size=5
+            )
+            return nn.Dense(2)(jnp.tanh(lifted(5)(x)).sum(0))
+
+    module, x = Members(), jnp.ones((2, 3))
+    apply, variables = adapter.functional(module, module.init(jax.random.key(0), x))
+    groups = ca.find_groups(apply, variables, x)
+    keep = np.arange(groups.units) > 0
+    with pytest.raises(PlanError, match=r"sees \(3, 5\), and what is left of it is one of"):
+        adapter.feature_counts(module, variables, ca.plan_units(groups, keep), x)

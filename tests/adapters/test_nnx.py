@@ -242,3 +242,29 @@ def test_models_of_the_wrong_type():
         adapter.functional(linen.Dense(2))
     with pytest.raises(TraceError, match=r"nnx\.slimmed: got a dict"):
         adapter.slimmed({}, ca.Plan((), (), ()))
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow")
+def test_what_sow_gathers_is_passed_over(x64):
+    class Sown(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(3, 6, rngs=rngs)
+            self.b = nnx.Linear(6, 2, rngs=rngs)
+
+        def __call__(self, x):
+            hidden = self.a(x)
+            self.sow(nnx.Intermediate, "hidden", hidden)
+            return self.b(jnp.tanh(hidden))
+
+    model, x = Sown(nnx.Rngs(0)), images(2, 3)
+    for _ in range(2):  # Once more with what the first call has left in the module.
+        apply, variables = adapter.functional(model)
+        output, updates = adapter.functional(model, updates=True)[0](variables, x)
+        np.testing.assert_array_equal(output, apply(variables, x))
+        assert updates == {}
+        groups = ca.find_groups(apply, variables, x)
+        plan = ca.plan_units(groups, np.arange(6) % 2 == 0)
+        expected = ca.slim(apply, plan)(ca.shrink(variables, plan), x)
+        assert distance(adapter.slimmed(model, plan)(x), expected) <= TIGHT
+        assert distance(adapter.smaller(model, plan, x)(x), expected) <= TIGHT
+        model(x)
