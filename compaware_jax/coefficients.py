@@ -18,10 +18,15 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 
+from compaware_jax.checks import checked_rate
 from compaware_jax.cost import Cost
 from compaware_jax.criteria import Apply, Criterion
 from compaware_jax.errors import RequestError
-from compaware_jax.fit import (
+from compaware_jax.groups import Groups
+from compaware_jax.importance import l2, ranks
+from compaware_jax.loop import whole_number
+from compaware_jax.masks import apply_mask
+from compaware_jax.objective import (
     Batches,
     Loss,
     constrained,
@@ -30,10 +35,6 @@ from compaware_jax.fit import (
     updated,
     value_and_updates,
 )
-from compaware_jax.groups import Groups
-from compaware_jax.importance import l2, ranks
-from compaware_jax.loop import whole_number
-from compaware_jax.masks import apply_mask
 
 Score = Callable[[Groups, Any], jax.Array]
 """``(groups, variables) -> scores over units``."""
@@ -219,11 +220,12 @@ class GradientSearch:
             raise RequestError(
                 f"GradientSearch: ramp={self.ramp}, harden={self.harden}; expected shares in [0, 1]."
             )
-        if not min(self.noise, self.edge, self.learning_rate, self.travel) >= 0:
+        if not min(self.noise, self.edge, self.travel) >= 0:
             raise RequestError(
-                f"GradientSearch: noise={self.noise}, edge={self.edge}, learning_rate={self.learning_rate}, "
-                f"travel={self.travel}; expected none below zero."
+                f"GradientSearch: noise={self.noise}, edge={self.edge}, travel={self.travel}; expected none "
+                "below zero."
             )
+        checked_rate(self.learning_rate, "GradientSearch: learning_rate")
 
     def build(self, problem: Problem) -> Search:
         """The search as pure functions."""

@@ -11,13 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from compaware_jax.checks import checked_rate
 from compaware_jax.coefficients import Score, SearchMethod
 from compaware_jax.cost import Budget
 from compaware_jax.criteria import Apply, Criterion, Verdict, measure
-from compaware_jax.fit import Batches, Loss, fit
+from compaware_jax.fit import tuned
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
 from compaware_jax.loop import whole_number
+from compaware_jax.objective import Batches, Loss
 from compaware_jax.plan import Plan, component_table
 from compaware_jax.request import check_request
 from compaware_jax.search import Found, describe_search, problem_of, run_search
@@ -140,6 +142,7 @@ def compress(
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
     """
     fine_tune = whole_number(fine_tune, "compress: fine_tune")
+    learning_rate = checked_rate(learning_rate, "compress: learning_rate")
     problem = problem_of(apply, loss, batches, groups, budget, criteria, score)
     loss_before, before = check_request(problem, variables, held_out, allow_failing=allow_failing)
     folder = None if directory is None else Path(directory)
@@ -156,7 +159,7 @@ def compress(
     )
     ran, flops = checked_work(groups, found.plan, budget)
     small_apply = slim(apply, found.plan)
-    small, tune_history = fit(
+    small, tune_history = tuned(
         small_apply,
         shrink(found.variables, found.plan),
         loss,

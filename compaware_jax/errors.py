@@ -35,3 +35,13 @@ class DivergenceError(CompawareError):
 
 class CheckpointError(CompawareError):
     """A checkpoint is corrupt or belongs to another job."""
+
+
+def gist(error: BaseException) -> str:
+    """The kind of an error and the beginning of what it says, in one line."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+    return f"{type(error).__name__}: {text}"
+
+
+_LONGEST = 300

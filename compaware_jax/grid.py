@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compaware_jax.checks import checked_rate
 from compaware_jax.coefficients import Problem, Search, on_budget, soft_gates
 from compaware_jax.errors import RequestError
 from compaware_jax.fit import adam_cosine, fit_step
@@ -58,6 +59,7 @@ class GridSearch:
             )
         for name, least in (("steps_each", 0), ("at_once", 1), ("validate", 1)):
             whole_number(getattr(self, name), f"GridSearch: {name}", least=least)
+        checked_rate(self.learning_rate, "GridSearch: learning_rate")
 
     def build(self, problem: Problem) -> Search:
         """The search as pure functions; one step tries `at_once` points."""

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-from compaware_jax.errors import CheckpointError, RequestError
+from compaware_jax.errors import CheckpointError, RequestError, gist
 
 Step = Callable[[Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
 """``(state, index) -> (state, info)``, pure; the index is the only data position."""
@@ -175,9 +175,8 @@ class _Store:
     def corrupt(self, done: int, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"run_steps: the checkpoint {self.directory / str(done)} cannot be read "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Nothing was "
-            "changed. Delete that folder to go on from the checkpoint before it, or the whole directory "
-            "to start anew."
+            f"({gist(error)}). Nothing was changed. Delete that folder to go on from the checkpoint before "
+            "it, or the whole directory to start anew."
         )
 
     def save(self, done: int, state: Any, history: Any) -> None:

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compaware_jax.checks import check_metric
 from compaware_jax.coefficients import Problem
-from compaware_jax.errors import CompawareError, CriterionError, TraceError
-from compaware_jax.fit import value_and_updates
+from compaware_jax.errors import CompawareError, CriterionError, TraceError, gist
 from compaware_jax.groups import COLLECTIONS
+from compaware_jax.objective import value_and_updates
 from compaware_jax.placement import struct_of
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.program import Program
@@ -60,6 +61,7 @@ def rehearse(problem: Problem, variables: Any, held_out: Any) -> None:
         return
     for criterion in problem.criteria:
         name = f"the metric of `{criterion.name}`"
+        check_metric(criterion, apply, variables, held_out, "compress", "held_out")
         if not _traced(criterion.metric, apply, variables, held_out).leaves_read():
             raise CriterionError(f"compress: {name} does not depend on the variables. {_ASKED}")
         _played(criterion.metric, small_apply, small, held_out, CriterionError, name)
@@ -107,8 +109,6 @@ def _played(
     try:
         jax.eval_shape(lambda variables, batch: function(apply, variables, batch), variables, batch)
     except Exception as error:
-        what = next(iter(str(error).splitlines()), "")
         raise kind(
-            f"compress: {name} fails on a model with half of its units ({type(error).__name__}: {what}). "
-            f"{_ASKED}"
+            f"compress: {name} fails on a model with half of its units ({gist(error)}). {_ASKED}"
         ) from error

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compaware_jax.checks import check_batches, check_functions, check_objective, checked_loss
 from compaware_jax.coefficients import GradientSearch, Problem, SearchMethod
 from compaware_jax.cost import Budget
 from compaware_jax.criteria import Criterion, check_dense, measure
@@ -17,14 +18,10 @@ from compaware_jax.errors import (
     CriterionError,
     PlanError,
     RequestError,
-    TraceError,
 )
-from compaware_jax.fit import updated, value_and_updates
 from compaware_jax.groups import Groups, fingerprint, leaves_of
 from compaware_jax.importance import l2
-from compaware_jax.loop import digest
 from compaware_jax.rehearsal import rehearse
-from compaware_jax.trace import trace
 
 
 class Checked(NamedTuple):
@@ -93,27 +90,25 @@ def check_problem(problem: Problem, variables: Any, held_out: Any = None) -> flo
             "stays whole."
         )
     _check_variables(variables, problem.groups)
-    _check_batches(problem)
-    loss = _checked_loss(problem, variables)
+    check_batches(problem.batches, "compress")
+    check_objective(problem.apply, variables, problem.loss, problem.batches, problem.criteria, "compress")
+    loss = checked_loss(problem.apply, variables, problem.loss, problem.batches, "compress")
     _check_score(problem, variables)
     rehearse(problem, variables, held_out)
     return loss
 
 
-def check_functions(apply: Any, loss: Any, batches: Any) -> None:
-    """Refuse what cannot be called.
+def check_asked(apply: Any, loss: Any, batches: Any, groups: Any, score: Any) -> None:
+    """Refuse what is not of the right kind.
 
     Raises:
       RequestError: says what to pass instead.
     """
-    expected = {
-        "apply": (apply, "the model as a pure function apply(variables, *args)."),
-        "loss": (loss, "a function (apply, variables, batch) -> scalar."),
-        "batches": (batches, f"a function step -> batch, pure and jittable. {_RESIDENT}"),
-    }
-    for name, (given, what) in expected.items():
-        if not callable(given):
-            raise RequestError(f"{name} is {type(given).__name__}, expected {what}")
+    check_functions(apply, loss, batches)
+    if not isinstance(groups, Groups):
+        raise RequestError(f"groups is {type(groups).__name__}, expected what find_groups returns.")
+    if not callable(score):
+        raise RequestError(f"score={score!r}, expected a function (groups, variables) -> scores, such as l2.")
 
 
 def check_budget(budget: Any) -> None:
@@ -171,9 +166,6 @@ def checked_search(search: Any) -> SearchMethod:
     return method
 
 
-_RESIDENT = "data.resident makes such a function of arrays that fit the device."
-
-
 def _name(function: Any) -> str:
     return f"`{getattr(function, '__qualname__', type(function).__name__)}`"
 
@@ -206,54 +198,6 @@ def _check_variables(variables: Any, groups: Groups) -> None:
             f"compress: {bad[:3]} hold values that are not finite. Expected a trained model; look for "
             "where its training diverged."
         )
-
-
-def _check_batches(problem: Problem) -> None:
-    """Batches are a function of the step, by JAX."""
-    batches, steps = problem.batches, (jnp.int32(0), jnp.int32(1))
-    try:
-        program = trace(lambda step: batches(step), steps[0])
-    except TraceError as error:
-        raise RequestError(
-            f"compress: batches cannot be compiled ({type(error.__cause__ or error).__name__}). Expected a "
-            "function that takes its batch by JAX, such as array[index] of a jax.Array; a generator needs "
-            f"jax.pure_callback. {_RESIDENT}"
-        ) from error
-    if program.leaves_read():
-        return
-    # One batch for all steps is fine, where it is meant.
-    first, second, again = (digest(batches(step)) for step in (*steps, steps[0]))
-    if again != first:
-        raise RequestError(
-            "compress: batches(0) gives another batch each time, expected a pure function of the step: a "
-            f"resumed run would see other data. {_RESIDENT}"
-        )
-    if first != second:
-        raise RequestError(
-            "compress: compiled, batches gives the same batch at every step: what tells them apart is not "
-            f"computed from the step by JAX. Expected e.g. jax.random.fold_in(key, step). {_RESIDENT}"
-        )
-
-
-def _checked_loss(problem: Problem, variables: Any) -> float:
-    batch = problem.batches(jnp.int32(0))
-
-    def first(variables: Any) -> jax.Array:
-        value, updates = value_and_updates(problem.loss, problem.apply, variables, batch)
-        updated(variables, updates)
-        return value
-
-    value = jnp.asarray(jax.jit(first)(variables))
-    if value.shape != ():
-        raise TraceError(
-            f"compress: the loss has shape {value.shape}, expected one number, such as a mean over the batch."
-        )
-    if not bool(jnp.isfinite(value)):
-        raise TraceError(
-            f"compress: the loss of the dense model on batches(0) is {value}, expected a finite number. "
-            "Look for values in the data that are not finite, or for a loss without a mean."
-        )
-    return float(value)
 
 
 def _check_score(problem: Problem, variables: Any) -> None:

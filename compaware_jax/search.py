@@ -14,15 +14,16 @@ from compaware_jax.boundary import trim
 from compaware_jax.coefficients import Problem, Score, SearchMethod
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion
-from compaware_jax.fit import Batches, Loss, check_finite
+from compaware_jax.fit import check_finite
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
 from compaware_jax.job import describe_request
 from compaware_jax.loop import run_steps
+from compaware_jax.objective import Batches, Loss
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.request import (
+    check_asked,
     check_budget,
-    check_functions,
     check_problem,
     checked_criteria,
     checked_key,
@@ -109,10 +110,10 @@ def problem_of(
     apply: Any,
     loss: Any,
     batches: Any,
-    groups: Groups,
+    groups: Any,
     budget: Any,
     criteria: Any,
-    score: Score,
+    score: Any,
 ) -> Problem:
     """What a search is asked at a budget.
 
@@ -121,7 +122,7 @@ def problem_of(
       BudgetError: it is no budget.
       CriterionError: a criterion is none.
     """
-    check_functions(apply, loss, batches)
+    check_asked(apply, loss, batches, groups, score)
     check_budget(budget)
     return Problem(
         apply, loss, batches, groups, COSTS[budget.cost](groups), checked_criteria(criteria), score

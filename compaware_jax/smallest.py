@@ -12,8 +12,8 @@ from compaware_jax.compress import Result, compress
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion
 from compaware_jax.errors import BudgetError, CriterionError
-from compaware_jax.fit import Batches, Loss
 from compaware_jax.groups import Groups
+from compaware_jax.objective import Batches, Loss
 
 
 @dataclass(frozen=True)

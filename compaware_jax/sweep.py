@@ -13,20 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from compaware_jax.boundary import trim
+from compaware_jax.checks import checked_rate
 from compaware_jax.coefficients import Problem, Score, Search, SearchMethod
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion, Verdict
 from compaware_jax.errors import BudgetError
-from compaware_jax.fit import Batches, FitState, Loss, adam_cosine, fit_step, is_finite
+from compaware_jax.fit import FitState, adam_cosine, fit_step, is_finite
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
 from compaware_jax.job import describe_request
 from compaware_jax.loop import run_steps, whole_number
 from compaware_jax.masks import apply_mask
+from compaware_jax.objective import Batches, Loss
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.request import (
+    check_asked,
     check_budget,
-    check_functions,
     check_request,
     checked_criteria,
     checked_key,
@@ -214,11 +216,14 @@ def sweep(
       RequestError: there are no seeds, or as for `compress`.
       CriterionError, PlanError, TraceError, CheckpointError: as for `compress`.
     """
-    check_functions(apply, loss, batches)
+    check_asked(apply, loss, batches, groups, score)
+    if not isinstance(budgets, Sequence):
+        raise BudgetError(f"sweep: budgets is {budgets!r}, expected a list of budgets on the same cost.")
     for budget in budgets:
         check_budget(budget)
     seeds = whole_number(seeds, "sweep: seeds", least=1)
     fine_tune = whole_number(fine_tune, "sweep: fine_tune")
+    learning_rate = checked_rate(learning_rate, "sweep: learning_rate")
     kinds = {budget.cost for budget in budgets}
     if len(kinds) != 1:
         raise BudgetError(

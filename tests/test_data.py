@@ -106,6 +106,19 @@ def test_resident_draws_by_step(embedded):
     assert not np.array_equal(other["image"], batch["image"])
 
 
+def test_resident_and_whole_take_any_arrays():
+    rows = {"x": np.arange(12.0).reshape(6, 2), "y": (np.arange(6),)}
+    batches = data.resident(rows, 4, jax.random.key(0))
+    batch = batches(1)
+    assert batch["x"].shape == (4, 2)
+    np.testing.assert_array_equal(batch["x"][:, 0], 2 * batch["y"][0])
+    assert not np.array_equal(batch["y"][0], batches(2)["y"][0])
+    np.testing.assert_array_equal(data.whole(rows, 5)["x"], rows["x"][:5])
+    for wrong in ({}, {"x": np.ones((3, 2)), "y": np.ones(4)}, np.float32(1.0), np.ones((0, 2))):
+        with pytest.raises(ValueError, match="resident: got arrays of shapes"):
+            data.resident(wrong, 4, jax.random.key(0))
+
+
 def test_resident_and_whole_refuse_no_images(embedded):
     with pytest.raises(ValueError, match="resident: got batch_size=0; expected at least 1"):
         data.resident(embedded.valid, 0, jax.random.key(0))

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 import compaware_jax as ca
-from compaware_jax import search
+from compaware_jax import request
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -31,7 +31,7 @@ def test_first_example(monkeypatch):
     for printed, short in {" 3_000)": " 100)", "fine_tune=5_000": "fine_tune=100", "19.0": "10.0"}.items():
         assert example.count(printed) == 1
         example = example.replace(printed, short)
-    monkeypatch.setattr(search, "GradientSearch", partial(ca.GradientSearch, steps=50))
+    monkeypatch.setattr(request, "GradientSearch", partial(ca.GradientSearch, steps=50))
     made = {}
     exec(compile(example, "README, first example", "exec"), made)
     before, after = made["result"].costs["parameters"]
@@ -44,7 +44,7 @@ def test_recipes(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (example,) = (block for block in BLOCKS if "pure_callback" in block)
     assert example.count("500") == 3
-    monkeypatch.setattr(search, "GradientSearch", partial(ca.GradientSearch, steps=50))
+    monkeypatch.setattr(request, "GradientSearch", partial(ca.GradientSearch, steps=50))
     made = {}
     exec(compile(example.replace("500", "100"), "README, recipes", "exec"), made)
     assert made["result"].kept

@@ -7,6 +7,7 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import compaware_jax as ca
@@ -18,6 +19,7 @@ from compaware_jax.errors import (
     TraceError,
 )
 from compaware_jax.importance import l2
+from compaware_jax.objective import constrained
 from tests import tasks
 
 # Without the annotations that tests check: a user's call meets our own messages.
@@ -145,7 +147,10 @@ def test_loss_that_is_no_number(task):
         return jnp.mean((f(variables, batch) - batch) ** 2, -1)
 
     refused(
-        task, TraceError, r"the loss has shape \(64,\), expected one number, such as a mean", loss=per_example
+        task,
+        TraceError,
+        r"the loss has shape \(64,\), expected a scalar: one number, such as a mean",
+        loss=per_example,
     )
 
 
@@ -195,3 +200,78 @@ def test_statistics_that_would_be_trained(caplog):
         told = [r.message for r in caplog.records if "trained like a weight" in r.message]
         assert len(told) == warned
         assert all("`batch_stats/mean` would be" in text for text in told)
+
+
+def test_metrics_that_cannot_be_asked(task):
+    def only_held_out(f, variables, batch):
+        return jnp.mean((f(variables, batch["x"]) - batch["x"]) ** 2)
+
+    def by_numpy(f, variables, batch):
+        return float(np.asarray(f(variables, batch)).mean())
+
+    def both(f, variables, batch):
+        return {"error": tasks.error(f, variables, batch)}
+
+    held_out = {"x": tasks.held_out()}
+    message = r"metric of `e` fails on a training batch \(.*trainable=False: it is asked of held_out alone"
+    refused(task, CriterionError, message, criteria=[ca.at_most("e", only_held_out, 9.0)], held_out=held_out)
+    message = r"metric of `e` fails on held_out \(TracerArrayConversionError.*need jax\.pure_callback"
+    host = ca.at_most("e", by_numpy, 9.0, trainable=False)
+    refused(task, CriterionError, message, criteria=[host], held_out=tasks.held_out())
+    message = "metric of `e` is a dict, expected a scalar"
+    refused(task, CriterionError, message, criteria=[ca.at_most("e", both, 9.0)], held_out=tasks.held_out())
+    with pytest.raises(CriterionError, match=r"has shape \(64, 8\), expected a scalar"):
+        ca.find_plan(
+            tasks.apply, task[0], tasks.loss, tasks.batches, groups=task[1], budget=ca.params(0.5),
+            criteria=[ca.at_most("e", lambda f, v, b: f(v, b), 9.0)],
+        )  # fmt: skip
+
+
+def test_arguments_of_another_kind(task):
+    refused(task, RequestError, "groups is NoneType, expected what find_groups returns", groups=None)
+    refused(task, RequestError, r"score='l2', expected a function", score="l2")
+    for rate in (-1.0, 0.0, float("nan"), "1e-3", optax.constant_schedule(1e-3)):
+        refused(task, RequestError, "compress: learning_rate=.*expected a finite number", learning_rate=rate)
+    with pytest.raises(BudgetError, match=r"sweep: budgets is .*expected a list of budgets"):
+        inspect.unwrap(ca.sweep)(
+            tasks.apply, task[0], tasks.loss, tasks.batches, groups=task[1], budgets=ca.params(0.5)
+        )
+
+
+def test_fit_refuses_what_compress_refuses(task):
+    def fit(**changes):
+        given = {"apply": tasks.apply, "variables": task[0], "loss": tasks.loss, "batches": tasks.batches}
+        inspect.unwrap(ca.fit)(**(given | {"steps": 2, "progress": False} | changes))
+
+    fit()
+    for kind, message, changes in (
+        (RequestError, "batches is list, expected a function", {"batches": [1]}),
+        (RequestError, r"fit: batches\(0\) gives another batch each time", {"batches": numbered(0)}),
+        (RequestError, "fit: learning_rate=-1, expected a finite number", {"learning_rate": -1}),
+        (RequestError, r"fit: \['n'\] are no floating-point arrays", {"variables": {**task[0], "n": 3}}),
+        (TraceError, r"fit: the loss has shape \(64, 8\)", {"loss": lambda f, v, b: f(v, b)}),
+        (TraceError, "fit: the loss is of int32", {"loss": lambda f, v, b: jnp.int32(f(v, b).sum())}),
+        (TraceError, "fit: the loss is a NoneType", {"loss": lambda f, v, b: None}),
+    ):
+        with pytest.raises(kind, match=message):
+            fit(**changes)
+
+
+def test_a_loss_may_change_what_the_model_returned(task):
+    """Loss and metrics ask the model once; what the one does to the containers is not seen by the other."""
+
+    def apply(variables, x):
+        return {"y": tasks.apply(variables, x)}
+
+    def loss(f, variables, batch):
+        found = f(variables, batch)
+        found["y"] = found.pop("y") - batch
+        return jnp.mean(found["y"] ** 2)
+
+    def error(f, variables, batch):
+        return jnp.mean((f(variables, batch)["y"] - batch) ** 2)
+
+    objective = constrained(loss, [ca.at_most("error", error, 1.0)])
+    batch = tasks.held_out()
+    _, (violations, _) = objective(apply, task[0], batch, jnp.zeros(1))
+    assert float(violations[0]) == pytest.approx(float(error(apply, task[0], batch)) - 1.0, rel=1e-5)

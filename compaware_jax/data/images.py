@@ -1,4 +1,4 @@
-"""Labelled images in host memory, their checks, and batches of them on the device."""
+"""Labelled images in host memory, their checks, and batches of them, or of any arrays, on the device."""
 
 import dataclasses
 import functools
@@ -98,60 +98,83 @@ def stratified(labels: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, n
     return random.permutation(np.flatnonzero(chosen)), random.permutation(np.flatnonzero(~chosen))
 
 
-def resident(
-    split: Split, batch_size: int, key: PRNGKeyArray
-) -> Callable[[Int[Array, ""] | int], dict[str, Array]]:
+def resident(split: Any, batch_size: int, key: PRNGKeyArray) -> Callable[[Int[Array, ""] | int], Any]:
     """Puts a split on the device once and draws batches there.
 
     Batch number `step` is drawn with replacement from `fold_in(key, step)`: the position in the
     data is the step, so a resumed run sees the same batches, and steps can be scanned or vmapped.
 
     Args:
-      split: the images and labels.
-      batch_size: images per batch, B.
+      split: a `Split`, or any pytree of arrays with an example per row, n of them each.
+      batch_size: examples per batch, B.
       key: a scalar random key.
 
     Returns:
-      A pure function of the step (int32 scalar) giving {"image": float32 (B, 28, 28, 1) in [0, 1],
-      "label": int32 (B,)}. It is a pytree as well: passed to a jitted function as an argument, the
-      images stay a device buffer and are not compiled in as a constant.
+      A pure function of the step (int32 scalar) giving the rows drawn, in the structure of the split;
+      of a `Split` {"image": float32 (B, 28, 28, 1) in [0, 1], "label": int32 (B,)}. It is a pytree as
+      well: passed to a jitted function as an argument, the data stay a device buffer and are not
+      compiled in as a constant.
 
     Raises:
-      ValueError: if `batch_size` is not positive.
+      ValueError: if `batch_size` is not positive, or the arrays are none or differ in their rows.
     """
     if batch_size < 1:
         raise ValueError(
             f"resident: got batch_size={batch_size}; expected at least 1; pass a positive number."
         )
-    draw = functools.partial(_draw, batch_size)
-    return jax.tree_util.Partial(draw, jnp.asarray(split.images), jnp.asarray(split.labels), key)
+    rows, shown = _rows_of(split, "resident")
+    return jax.tree_util.Partial(functools.partial(_draw, batch_size, shown), rows, key)
+
+
+def _rows_of(split: Any, caller: str) -> tuple[Any, Callable[[Any], Any]]:
+    """The arrays of a split on the device, and what becomes of rows of them."""
+    if isinstance(split, Split):
+        return {"image": jnp.asarray(split.images), "label": jnp.asarray(split.labels)}, _as_images
+    rows = jax.tree.map(jnp.asarray, split)
+    counts = {x.shape[:1] for x in jax.tree.leaves(rows)}
+    if len(counts) != 1 or not all(min(count, default=0) for count in counts):
+        got = [x.shape for x in jax.tree.leaves(rows)]
+        raise ValueError(
+            f"{caller}: got arrays of shapes {got[:4]}; expected one or more, all of as many "
+            "rows; pass an example per row."
+        )
+    return rows, _as_it_is
 
 
 def _draw(
-    batch_size: int, images: Array, labels: Array, key: PRNGKeyArray, step: Int[Array, ""] | int
-) -> dict[str, Array]:
-    count = images.shape[0]
-    rows = jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, count)
-    return {"image": _unit_range(images[rows]), "label": labels[rows]}
+    batch_size: int, shown: Callable[[Any], Any], rows: Any, key: PRNGKeyArray, step: Int[Array, ""] | int
+) -> Any:
+    count = jax.tree.leaves(rows)[0].shape[0]
+    drawn = jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, count)
+    return shown(jax.tree.map(lambda x: x[drawn], rows))
 
 
-def whole(split: Split, limit: int | None = None) -> dict[str, Array]:
+def whole(split: Any, limit: int | None = None) -> Any:
     """The split as one batch on the device.
 
     Args:
-      split: the images and labels.
-      limit: how many images from the start; default: all.
+      split: a `Split`, or any pytree of arrays with an example per row.
+      limit: how many examples from the start; default: all.
 
     Returns:
-      {"image": float32 (n, 28, 28, 1) in [0, 1], "label": int32 (n,)}.
+      The rows, in the structure of the split; of a `Split` {"image": float32 (n, 28, 28, 1) in [0, 1],
+      "label": int32 (n,)}.
 
     Raises:
-      ValueError: if `limit` is not positive.
+      ValueError: if `limit` is not positive, or the arrays are none or differ in their rows.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"whole: got limit={limit}; expected at least 1; pass a positive number or None.")
-    images, labels = jnp.asarray(split.images[:limit]), jnp.asarray(split.labels[:limit])
-    return {"image": _unit_range(images), "label": labels}
+    rows, shown = _rows_of(split, "whole")
+    return shown(jax.tree.map(lambda x: x[:limit], rows))
+
+
+def _as_images(rows: dict[str, Array]) -> dict[str, Array]:
+    return rows | {"image": _unit_range(rows["image"])}
+
+
+def _as_it_is(rows: Any) -> Any:
+    return rows
 
 
 def _unit_range(images: Array) -> Float32[Array, "n 28 28 1"]:

@@ -1,0 +1,177 @@
+"""What every training asks of a model, a loss and batches, refused early where it cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compaware_jax.criteria import Criterion
+from compaware_jax.errors import CompawareError, CriterionError, RequestError, TraceError, gist
+from compaware_jax.loop import digest
+from compaware_jax.objective import Batches, Loss, trainable, updated, value_and_updates
+from compaware_jax.paths import named_leaves
+from compaware_jax.trace import trace
+
+_RESIDENT = "data.resident makes such a function of arrays that fit the device."
+
+
+def check_functions(apply: Any, loss: Any, batches: Any) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+      RequestError: says what to pass instead.
+    """
+    expected = {
+        "apply": (apply, "the model as a pure function apply(variables, *args)."),
+        "loss": (loss, "a function (apply, variables, batch) -> scalar."),
+        "batches": (batches, f"a function step -> batch, pure and jittable. {_RESIDENT}"),
+    }
+    for name, (given, what) in expected.items():
+        if not callable(given):
+            raise RequestError(f"{name} is {type(given).__name__}, expected {what}")
+
+
+def checked_rate(rate: Any, name: str) -> float:
+    """A learning rate as a number.
+
+    Raises:
+      RequestError: it is none, or not above zero.
+    """
+    number = np.asarray(rate) if isinstance(rate, (int, float, np.number, np.ndarray, jax.Array)) else None
+    if number is None or number.shape != () or not 0 < number < np.inf:
+        raise RequestError(
+            f"{name}={rate!r}, expected a finite number above zero: it falls to zero on a cosine. For "
+            "another schedule or optimizer, train with a loop of your own; find_plan is the search alone."
+        )
+    return float(number)
+
+
+def check_trainable(variables: Any, caller: str) -> None:
+    """Refuse variables that no gradient trains.
+
+    Raises:
+      RequestError: says which.
+    """
+    dtypes = {path: getattr(leaf, "dtype", None) for path, leaf in named_leaves(variables)}
+    wrong = [
+        path for path, dtype in dtypes.items() if dtype is None or not jnp.issubdtype(dtype, jnp.inexact)
+    ]
+    if wrong:
+        raise RequestError(
+            f"{caller}: {wrong[:3]} are no floating-point arrays, which no gradient trains. Close over them "
+            "instead of keeping them in the variables."
+        )
+
+
+def check_batches(batches: Batches, caller: str) -> None:
+    """Refuse batches that are no function of the step, by JAX.
+
+    Raises:
+      RequestError: says what tells.
+    """
+    steps = jnp.int32(0), jnp.int32(1)
+    try:
+        program = trace(lambda step: batches(step), steps[0])
+    except TraceError as error:
+        raise RequestError(
+            f"{caller}: batches cannot be compiled ({type(error.__cause__ or error).__name__}). Expected a "
+            "function that takes its batch by JAX, such as array[index] of a jax.Array; a generator needs "
+            f"jax.pure_callback. {_RESIDENT}"
+        ) from error
+    if program.leaves_read():
+        return
+    # One batch for all steps is fine, where it is meant.
+    first, second, again = (digest(batches(step)) for step in (*steps, steps[0]))
+    if again != first:
+        raise RequestError(
+            f"{caller}: batches(0) gives another batch each time, expected a pure function of the step: a "
+            f"resumed run would see other data. {_RESIDENT}"
+        )
+    if first != second:
+        raise RequestError(
+            f"{caller}: compiled, batches gives the same batch at every step: what tells them apart is not "
+            f"computed from the step by JAX. Expected e.g. jax.random.fold_in(key, step). {_RESIDENT}"
+        )
+
+
+def check_objective(
+    apply: Any, variables: Any, loss: Loss, batches: Batches, criteria: Sequence[Criterion], caller: str
+) -> None:
+    """Refuse a loss, or metrics of criteria, that are not one number; nothing is computed.
+
+    Raises:
+      TraceError: the loss.
+      CriterionError: a metric.
+    """
+    batch = jax.eval_shape(batches, jnp.int32(0))
+
+    def first(variables: Any, batch: Any) -> Any:
+        return value_and_updates(loss, apply, variables, batch)[0]
+
+    value = jax.eval_shape(first, variables, batch)
+    _check_number(value, f"{caller}: the loss", TraceError)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TraceError(f"{caller}: the loss is of {value.dtype}, expected a floating-point number.")
+    for criterion in trainable(criteria):
+        check_metric(criterion, apply, variables, batch, caller, "a training batch")
+
+
+def check_metric(
+    criterion: Criterion, apply: Any, variables: Any, batch: Any, caller: str, where: str
+) -> None:
+    """Refuse a metric that cannot be computed on shapes of a batch, or is not one number.
+
+    Args:
+      criterion: whose metric it is.
+      apply: the function under test.
+      variables: its variables.
+      batch: of arrays or shapes.
+      caller: the function that asks, for messages.
+      where: what the batch is, likewise.
+
+    Raises:
+      CriterionError: says what happened and what is expected.
+    """
+    name = f"{caller}: the metric of `{criterion.name}`"
+    try:
+        value = jax.eval_shape(lambda v, b: criterion.metric(apply, v, b), variables, batch)
+    except Exception as error:
+        raise CriterionError(
+            f"{name} fails on {where} ({gist(error)}). It is called as metric(apply, variables, batch) and "
+            "compiled: numpy and float() need jax.pure_callback. A criterion that is not for training "
+            "batches, or has no gradient, needs trainable=False: it is asked of held_out alone."
+        ) from error
+    _check_number(value, name, CriterionError)
+
+
+def _check_number(value: Any, name: str, kind: type[CompawareError]) -> None:
+    shape = getattr(value, "shape", None)
+    if shape != ():
+        got = f"is a {type(value).__name__}" if shape is None else f"has shape {shape}"
+        raise kind(f"{name} {got}, expected a scalar: one number, such as a mean over the batch.")
+
+
+def checked_loss(apply: Any, variables: Any, loss: Loss, batches: Batches, caller: str) -> float:
+    """The loss on the first batch.
+
+    Raises:
+      TraceError: it is not finite, or its updates do not fit the variables.
+    """
+    batch = batches(jnp.int32(0))
+
+    def first(variables: Any) -> jax.Array:
+        value, updates = value_and_updates(loss, apply, variables, batch)
+        updated(variables, updates)
+        return value
+
+    value = jnp.asarray(jax.jit(first)(variables))
+    if not bool(jnp.isfinite(value)):
+        raise TraceError(
+            f"{caller}: the loss of the dense model on batches(0) is {value}, expected a finite number. "
+            "Look for values in the data that are not finite, or for a loss without a mean."
+        )
+    return float(value)
