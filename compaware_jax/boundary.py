@@ -23,6 +23,7 @@ from compaware_jax.coefficients import Problem
 from compaware_jax.fit import adam_cosine
 from compaware_jax.groups import Groups, Limits
 from compaware_jax.importance import Evidence, fisher, no_evidence, observe, ranks
+from compaware_jax.loop import run_once
 from compaware_jax.masks import apply_mask
 
 EVIDENCE_STEPS = 100
@@ -99,7 +100,7 @@ def _information(problem: Problem, variables: Any, steps: int) -> Float[Array, "
         return observe(seen, problem.groups, variables, gradients, smoothing=1.0), None
 
     start = no_evidence(problem.groups)
-    return fisher(jax.jit(lambda: jax.lax.scan(see, start, jnp.arange(steps))[0])())
+    return fisher(run_once(lambda index: jax.lax.scan(see, start, index)[0], jnp.arange(steps)))
 
 
 def _needed(groups: Groups, information: np.ndarray, share: float) -> np.ndarray:
@@ -132,11 +133,10 @@ def _calibrated(problem: Problem, gates: jax.Array, variables: Any, steps: int, 
         updates, moments = rule.update(gradients, moments, trained)
         return (jax.tree.map(jnp.add, trained, updates), moments), before
 
-    @jax.jit
     def run(start: list[jax.Array]) -> list[jax.Array]:
         (trained, _), _ = jax.lax.scan(step, (start, rule.init(start)), jnp.arange(steps))
         unseen = steps + jnp.arange(4)
         old, new = (jax.lax.map(lambda i, x=x: value(x, i), unseen).mean() for x in (start, trained))
         return jax.tree.map(lambda a, b: jnp.where(new < old, b, a), start, trained)
 
-    return put(run([jnp.asarray(leaves[i]) for i in alone])) if alone else variables
+    return put(run_once(run, [jnp.asarray(leaves[i]) for i in alone])) if alone else variables

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -64,11 +65,9 @@ def run_steps(
     steps, between = whole_number(steps, f"{label}: steps"), between or {}
     edges = _edges(steps, chunk, between)
     chunks = len(edges) - 1
-    compiled = jax.jit(_chunk_runner(step), static_argnames="length")
-    # Of the compiled function, so that the first chunk does not trace the step once more.
-    first = edges[1] if chunks else 1
-    shapes = jax.eval_shape(partial(compiled, length=first), state, jnp.int32(0))[1]
+    open_step, held, (_, shapes) = _opened(step, state, jnp.int32(0))
     history = {name: np.full((chunks, *info.shape), np.nan, np.float64) for name, info in shapes.items()}
+    compiled = jax.jit(_chunk_runner(open_step), static_argnames="length")
     store = (
         None
         if directory is None
@@ -87,7 +86,7 @@ def run_steps(
                     start, length = edges[done], edges[done + 1] - edges[done]
                     # Until the chunk is finished, an interruption must find the state before it.
                     begin = between[start](state) if start in between else state
-                    new, info = compiled(begin, jnp.int32(start), length=length)
+                    new, info = compiled(held, begin, jnp.int32(start), length=length)
                     for name, value in jax.device_get(info).items():
                         history[name][done] = value
                     state, done = new, done + 1
@@ -115,9 +114,36 @@ def _edges(steps: int, chunk: int, between: Iterable[int]) -> list[int]:
     return [*edges, steps]
 
 
-def _chunk_runner(step: Step) -> Callable[..., tuple[Any, Any]]:
-    def run_chunk(state: Any, start: jax.Array, *, length: int) -> tuple[Any, Any]:
-        state, infos = jax.lax.scan(step, state, start + jnp.arange(length, dtype=jnp.int32))
+def run_once(function: Callable[..., Any], *args: Any) -> Any:
+    """Compile a function and call it, with what it closes over as arguments of the program.
+
+    Args:
+      function: pure, of pytrees of arrays.
+      *args: its arguments.
+    """
+    open_function, held, _ = _opened(function, *args)
+    return jax.jit(open_function)(held, *args)
+
+
+def _opened(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], list[Any], Any]:
+    """A function of what it closes over and of its arguments; what that is; the shapes that it returns.
+
+    Data of gigabytes are arguments then; as constants they would be copied into the program.
+    """
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    structure = jax.tree.structure(shapes)
+
+    def open_function(held: list[Any], *args: Any) -> Any:
+        results = jex.jaxpr_as_fun(traced.replace(consts=held))(*jax.tree.leaves(args))
+        return jax.tree.unflatten(structure, results)
+
+    return open_function, list(traced.consts), shapes
+
+
+def _chunk_runner(step: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    def run_chunk(held: Any, state: Any, start: jax.Array, *, length: int) -> tuple[Any, Any]:
+        steps = start + jnp.arange(length, dtype=jnp.int32)
+        state, infos = jax.lax.scan(partial(step, held), state, steps)
         return state, jax.tree.map(lambda x: x.astype(float).mean(0), infos)
 
     return run_chunk

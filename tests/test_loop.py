@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compaware_jax.errors import CheckpointError
-from compaware_jax.loop import run_steps
+from compaware_jax.loop import run_once, run_steps
 
 
 def step(state, index):
@@ -140,3 +140,25 @@ def test_resumed_with_other_breaks_is_another_job(tmp_path):
     run(25, chunk=10, directory=tmp_path, between={13: lambda s: s})
     with pytest.raises(CheckpointError, match=r"differ in .*'between': \(\[13\], \[12\]\)"):
         run(25, chunk=10, directory=tmp_path, between={12: lambda s: s})
+
+
+@pytest.fixture
+def no_constants():
+    """JAX warns of data that become a part of the program, which is an error here."""
+    before = jax.config.jax_captured_constants_warn_bytes
+    jax.config.update("jax_captured_constants_warn_bytes", 10_000)
+    yield
+    jax.config.update("jax_captured_constants_warn_bytes", before)
+
+
+def test_data_around_the_step_are_no_part_of_the_program(no_constants):
+    rows = jnp.ones((2**12, 8))
+
+    def take(state, index):
+        return state + rows[index].sum(), {"sum": state}
+
+    with pytest.warns(UserWarning, match="constants were captured"):
+        jax.jit(take)(jnp.float32(0), 0)
+    state, _ = run_steps(take, jnp.float32(0), 3, label="test", progress=False)
+    assert float(state) == 24.0
+    assert float(run_once(lambda x: take(x, 1)[0], jnp.float32(0))) == 8.0
