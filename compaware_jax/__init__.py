@@ -25,6 +25,8 @@ from compaware_jax.smallest import Smallest, smallest
 from compaware_jax.surgery import expand, shrink
 from compaware_jax.sweep import sweep
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Budget",
     "CompawareError",

@@ -144,9 +144,9 @@ def compress(
     fine_tune = whole_number(fine_tune, "compress: fine_tune")
     learning_rate = checked_rate(learning_rate, "compress: learning_rate")
     problem = problem_of(apply, loss, batches, groups, budget, criteria, score)
-    loss_before, before = check_request(problem, variables, held_out, allow_failing=allow_failing)
+    checked = check_request(problem, variables, held_out, allow_failing=allow_failing)
     folder = None if directory is None else Path(directory)
-    job = folder and describe_search(problem, variables, budget, search, key, loss_before)
+    job = folder and describe_search(problem, variables, budget, search, key, checked)
     found = run_search(
         problem,
         variables,
@@ -179,7 +179,8 @@ def compress(
         found=found,
         uncut=ran,
         verdicts=tuple(
-            Verdict(str(c), before[c.name], after[c.name], c.keeps(after[c.name])) for c in problem.criteria
+            Verdict(str(c), checked.before[c.name], after[c.name], c.keeps(after[c.name]))
+            for c in problem.criteria
         ),
         costs=costs_left(groups, found.plan, flops),
         history={"search": found.history, "fine-tune": tune_history},

@@ -167,6 +167,7 @@ def tuned(
         label=label,
         directory=directory,
         job=job,
+        check=stops(lambda state: state.variables, label),
         progress=progress,
     )
     check_finite(state.variables, label)
@@ -189,6 +190,22 @@ def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
 def is_finite(tree: Any) -> bool:
     """Whether all values in a tree of arrays are finite."""
     return all(map(bool, jax.device_get(_finite(jax.tree.leaves(tree)))))
+
+
+def stops(of_state: Callable[[Any], Any], label: str) -> Callable[[Any, Mapping[str, Any]], None]:
+    """A check for `run_steps` that stops a training as soon as it has diverged.
+
+    Args:
+      of_state: the values that have to be finite.
+      label: what messages call the training.
+    """
+
+    def check(state: Any, means: Mapping[str, Any]) -> None:
+        # A loss may be infinite for a while; what is not finite in the weights stays so.
+        if not np.isfinite(means["loss"]):
+            check_finite(of_state(state), label)
+
+    return check
 
 
 def check_finite(variables: Any, label: str) -> None:

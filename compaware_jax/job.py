@@ -12,16 +12,19 @@ from compaware_jax.coefficients import Problem, SearchMethod
 from compaware_jax.groups import Groups
 from compaware_jax.importance import ranks
 from compaware_jax.loop import digest
+from compaware_jax.request import Checked
 
 
-def describe_request(problem: Problem, variables: Any, method: SearchMethod, loss: float) -> dict[str, Any]:
+def describe_request(
+    problem: Problem, variables: Any, method: SearchMethod, checked: Checked
+) -> dict[str, Any]:
     """What identifies a request, as JSON values: a checkpoint of another one is refused.
 
     Args:
       problem: what is asked.
       variables: the dense model's.
       method: how coefficients are found.
-      loss: of the dense model on the first batch.
+      checked: what the dense model has.
     """
     settings = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
     return {
@@ -30,7 +33,8 @@ def describe_request(problem: Problem, variables: Any, method: SearchMethod, los
         "variables": digest(variables),
         "data": digest([problem.batches(jnp.int32(step)) for step in (0, 1)]),
         # Machines differ in the last digits.
-        "loss": f"{loss:.3g}",
+        "loss": f"{checked.loss:.3g}",
+        "before": {name: f"{value:.3g}" for name, value in checked.before.items()},
         "criteria": [[c.name, c.threshold, c.above, c.trainable] for c in problem.criteria],
         "search": [
             type(method).__name__,

@@ -35,6 +35,7 @@ def run_steps(
     job: Mapping[str, Any] | None = None,
     every: int = 5,
     between: Mapping[int, Callable[[Any], Any]] | None = None,
+    check: Callable[[Any, Mapping[str, Any]], None] = lambda state, means: None,
     progress: bool = True,
 ) -> tuple[Any, dict[str, np.ndarray]]:
     """Run a pure step function for a number of steps, in compiled chunks.
@@ -53,6 +54,7 @@ def run_steps(
       every: chunks between checkpoints.
       between: functions of the state, run on the host before the step of that number, or after the last one
         if there is no such step; they must not change shapes or dtypes. A chunk ends before each.
+      check: called with the state after every chunk and the means of its info; it may raise.
       progress: show a progress bar.
 
     Returns:
@@ -87,9 +89,11 @@ def run_steps(
                     # Until the chunk is finished, an interruption must find the state before it.
                     begin = between[start](state) if start in between else state
                     new, info = compiled(held, begin, jnp.int32(start), length=length)
-                    for name, value in jax.device_get(info).items():
+                    means = jax.device_get(info)
+                    for name, value in means.items():
                         history[name][done] = value
                     state, done = new, done + 1
+                    check(state, means)
                     bar.update(length)
                     bar.set_postfix({n: f"{h[done - 1]:.4g}" for n, h in history.items() if h.ndim == 1})
                     if store is not None and (done % every == 0 or done == chunks):

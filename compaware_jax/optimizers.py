@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from compaware_jax.errors import PlanError
+from compaware_jax.errors import PlanError, TraceError, gist
 from compaware_jax.paths import named_leaves
 from compaware_jax.plan import Plan
 from compaware_jax.propagate import analyse
@@ -41,7 +41,8 @@ def shrink_optimizer(optimizer: Any, state: Any, params: Any, plan: Plan, **extr
       set back to its initial value; a warning names it.
 
     Raises:
-      PlanError: the params do not belong to the plan, or the state not to the optimizer.
+      PlanError: the params do not belong to the plan, or the state not to the optimizer; or its update asks
+        the model itself, as a line search does.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -65,8 +66,16 @@ def shrink_optimizer(optimizer: Any, state: Any, params: Any, plan: Plan, **extr
             "shrink_optimizer: the state is not one that this optimizer makes for these params. Pass the "
             "state and the full params as they were in training, and the optimizer that made it."
         )
-    before = _ties(optimizer, state, params, extra)
-    after = _ties(optimizer, initial, small_params, extra)
+    try:
+        before = _ties(optimizer, state, params, extra)
+        after = _ties(optimizer, initial, small_params, extra)
+    except TraceError as error:
+        raise PlanError(
+            f"shrink_optimizer: the optimizer's update cannot be traced ({gist(error)}). Pass by name what "
+            "it takes beside gradients, state and params. Where that has the shapes of the params or calls "
+            "the model, as for optax.lbfgs with its line search, start anew: "
+            "optimizer.init(shrink(params, plan))."
+        ) from error
     result, reset = [], []
     for (path, leaf), old, new, (_, fresh) in zip(
         named_leaves(state), before, after, named_leaves(initial), strict=True

@@ -14,7 +14,7 @@ from compaware_jax.boundary import trim
 from compaware_jax.coefficients import Problem, Score, SearchMethod
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion
-from compaware_jax.fit import check_finite
+from compaware_jax.fit import check_finite, stops
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
 from compaware_jax.job import describe_request
@@ -22,6 +22,7 @@ from compaware_jax.loop import run_steps
 from compaware_jax.objective import Batches, Loss
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.request import (
+    Checked,
     check_asked,
     check_budget,
     check_problem,
@@ -100,7 +101,11 @@ def find_plan(
     """
     problem = problem_of(apply, loss, batches, groups, budget, criteria, score)
     first = check_problem(problem, variables)
-    job = None if directory is None else describe_search(problem, variables, budget, search, key, first)
+    job = (
+        None
+        if directory is None
+        else describe_search(problem, variables, budget, search, key, Checked(first, {}))
+    )
     return run_search(
         problem, variables, budget, search=search, key=key, directory=directory, job=job, progress=progress
     )
@@ -130,12 +135,12 @@ def problem_of(
 
 
 def describe_search(
-    problem: Problem, variables: Any, budget: Budget, search: Any, key: Any, loss: float
+    problem: Problem, variables: Any, budget: Budget, search: Any, key: Any, checked: Checked
 ) -> dict[str, Any]:
     """What identifies a search, as JSON values; see `describe_request`."""
     method, key = checked_search(search), checked_key(key)
     return {
-        **describe_request(problem, variables, method, loss),
+        **describe_request(problem, variables, method, checked),
         "budget": [budget.cost, budget.fraction],
         "key": np.asarray(jax.random.key_data(key)).tolist(),
     }
@@ -165,6 +170,7 @@ def run_search(
         chunk=min(50, found.steps),
         directory=directory,
         job=job,
+        check=stops(found.variables, "search"),
         progress=progress,
     )
     trained, coefficients = found.variables(state), np.asarray(found.coefficients(state))

@@ -107,7 +107,7 @@ def smallest(
 
     # The dense model keeps the criteria (compress checks it); below the floor there is no model.
     low, high = floor, 1.0
-    budget = max(start, floor * (1 + tolerance))
+    budget = max(float(start), floor * (1 + tolerance))
     while high / low > 1 + tolerance and budget < 1:
         if works(budget):
             high = budget

@@ -1,5 +1,6 @@
 """Losses that return updates: batch statistics stay up to date while a model is compressed."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,7 +85,7 @@ def test_the_small_model_has_statistics_of_its_own(dense, groups):
     )(small, held_out["x"])
     used = result.apply(small, held_out["x"])["used"]
     assert jnp.mean((used - trained) ** 2) < 0.1 * jnp.var(held_out["y"])
-    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), updates, small["batch_stats"])
+    chex.assert_trees_all_equal_shapes(updates, small["batch_stats"])
     stale = {**small, "batch_stats": ca.shrink(dense, result.plan)["batch_stats"]}
     assert error(result.apply, small, held_out) < error(result.apply, stale, held_out)
 

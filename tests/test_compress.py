@@ -431,6 +431,32 @@ def test_training_that_diverges_is_an_error(trained):
         compress(trained, search=ca.GradientSearch(steps=20, learning_rate=1e30), criteria=[])
 
 
+def test_training_that_diverges_ends_there(trained):
+    asked = []
+
+    def loss(apply, variables, batch):
+        jax.debug.callback(lambda x: asked.append(x), batch.sum(), ordered=True)
+        return tasks.loss(apply, variables, batch)
+
+    def batches(step):
+        return jnp.where(step >= 150, jnp.nan, tasks.batches(step))
+
+    with pytest.raises(DivergenceError, match="fit: "):
+        ca.fit(tasks.apply, trained[0], loss, batches, 100_000, progress=False)
+    assert 150 < len(asked) < 300
+
+
+def test_checkpoints_are_of_the_same_metric(trained, tmp_path):
+    def run(metric):
+        criterion = ca.at_most("error", metric, 10.0, trainable=False)
+        compress(trained, directory=tmp_path, fine_tune=5, criteria=[criterion])
+
+    run(tasks.error)
+    with pytest.raises(CheckpointError, match=r"another job.*before"):
+        run(lambda *args: 2 * tasks.error(*args))
+    run(tasks.error)
+
+
 def test_a_lane_that_diverges_is_warned_of(trained, caplog):
     (point,) = sweep(trained, learning_rate=1e30)
     assert "seed 0 of budget 0.5 ended in values that are not finite" in caplog.text

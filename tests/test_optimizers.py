@@ -119,3 +119,12 @@ def test_params_of_another_model_are_refused(cut):
     params = {"in": jnp.ones((4, 9)), "bias": jnp.ones(9), "out": jnp.ones((9, 2))}
     with pytest.raises(PlanError, match=r"^shrink_optimizer: "):
         ca.shrink_optimizer(optax.adam(1e-3), optax.adam(1e-3).init(params), params, plan)
+
+
+def test_a_line_search_is_told_to_start_anew():
+    v = {"a": jnp.ones((3, 8)), "b": jnp.ones((8, 2))}
+    groups = ca.find_groups(lambda v, x: jnp.tanh(x @ v["a"]) @ v["b"], v, jnp.ones((1, 3)))
+    plan = ca.plan_units(groups, jnp.arange(8) < 5)
+    optimizer = optax.lbfgs()
+    with pytest.raises(PlanError, match=r"update cannot be traced .*start anew: optimizer\.init"):
+        ca.shrink_optimizer(optimizer, optimizer.init(v), v, plan)

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,8 +91,7 @@ def test_sharded_variables(mesh, parallel, kept):
         jax.jit(jax.grad(lambda v, f=f: (f(v, x) ** 2).sum()))(v)
         for f, v in ((small_apply, small), (apply, masked))
     )
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(ca.shrink(want, plan)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(got, ca.shrink(want, plan), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("parallel", ["model", "data"])
@@ -115,8 +115,7 @@ def test_compress(mesh, parallel):
         auto, spec = True, P()
         alone = ca.compress(apply, drawn(), loss, batches, groups=groups, **settings)
     assert result.plan == alone.plan
-    for ours, theirs in zip(jax.tree.leaves(result.variables), jax.tree.leaves(alone.variables), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+    chex.assert_trees_all_close(result.variables, alone.variables, rtol=1e-3, atol=1e-3)
 
 
 def test_the_context_of_an_equation():

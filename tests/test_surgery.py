@@ -3,6 +3,7 @@
 import inspect
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +32,7 @@ def test_expand_undoes_shrink_up_to_the_mask(cut):
     _, variables, _, groups, keep, plan = cut
     masked = ca.apply_mask(groups, jnp.asarray(keep, float), variables)
     back = ca.expand(ca.shrink(variables, plan), plan)
-    for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(back), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal(masked, back)
 
 
 def test_abstract_trees(cut):
@@ -68,8 +68,7 @@ def test_optimizer_state_shrinks_along(cut):
     moments = small_state[1][0]
     assert int(moments.count) == 1
     for part, full in ((moments.mu, state[1][0].mu), (moments.nu, state[1][0].nu)):
-        chex_shapes = jax.tree.map(jnp.shape, part)
-        assert chex_shapes == jax.tree.map(jnp.shape, expected)
+        chex.assert_trees_all_equal_shapes_and_dtypes(part, expected)
         np.testing.assert_array_equal(part["in"]["w"], ca.shrink(full, plan)["in"]["w"])
     # One step goes on with it.
     optimizer.update(jax.tree.map(jnp.ones_like, expected), small_state, expected)

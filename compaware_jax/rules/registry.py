@@ -81,7 +81,12 @@ def register_rule(
     work: Work | None = None,
     loose: Loose | None = None,
 ) -> None:
-    """Register how a primitive is read; see `Rule` for the three readings.
+    """Register how a primitive is read; see `Rule` for the readings.
+
+    Most primitives are of a family, which `compaware_jax.rules.families` registers in a line:
+    ``elementwise(primitive, zero)``, where ``zero(equation, flags, values)`` says when zeros stay zeros
+    (``lambda eqn, flags, values: flags[0]`` for a function that is zero at zero), and
+    ``reduction(primitive, sums=True)`` for sums over ``params["axes"]``.
 
     Args:
       primitive: the primitive object.
