@@ -30,13 +30,17 @@ from compaware_jax.surgery import shrink
 
 
 def functional(
-    model: Any, state: eqx.nn.State | None = None, **static_kwargs: Any
+    model: Any, state: eqx.nn.State | None = None, *, updates: bool = False, **static_kwargs: Any
 ) -> tuple[Callable[..., Any], Any]:
     """A module as a pure function of its arrays.
 
     Args:
       model: the module, in the mode that is meant (see `eqx.nn.inference_mode`).
       state: the state of a model of `eqx.nn.make_with_state`.
+      updates: whether the function returns (output, new state) instead of the output; with state only. A
+        `BatchNorm` in training wants the whole batch: find the groups on
+        ``jax.vmap(apply, (None, 0), (0, None), axis_name)`` with ``state_outputs={"1": "state"}``, and let
+        the loss return ``{"state": new}`` as its updates.
       **static_kwargs: keyword arguments of the call that are not arrays.
 
     Returns:
@@ -44,10 +48,10 @@ def functional(
       and the variables: the module with None in place of everything but floating-point arrays. With state,
       the variables are ``{"params": ..., "state": ...}`` and the function gives the output of
       ``model(*args, state, **kwargs)`` without the new state; the state has no gradient, so that `compress`
-      leaves it as it is.
+      leaves it as it is. Counters of the state are closed over.
 
     Raises:
-      TraceError: the model is no Equinox module.
+      TraceError: the model is no Equinox module, or updates are asked for without state.
 
     Example:
       >>> import equinox as eqx, jax, jax.numpy as jnp, compaware_jax as ca
@@ -63,6 +67,11 @@ def functional(
     _check(model, "functional")
     params, rest = eqx.partition(model, eqx.is_inexact_array)
     if state is None:
+        if updates:
+            raise TraceError(
+                "equinox.functional: got updates=True without state, expected the state of a model of "
+                "eqx.nn.make_with_state. Leave it out, or pass functional(model, state, updates=True)."
+            )
 
         def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
             return eqx.combine(variables, rest)(*args, **static_kwargs, **kwargs)
@@ -73,8 +82,8 @@ def functional(
     def apply_with_state(variables: Any, *args: Any, **kwargs: Any) -> Any:
         called = eqx.combine(variables["params"], rest)
         still = eqx.combine(jax.lax.stop_gradient(variables["state"]), other)
-        output, _ = called(*args, still, **static_kwargs, **kwargs)
-        return output
+        output, new = called(*args, still, **static_kwargs, **kwargs)
+        return (output, eqx.filter(new, eqx.is_inexact_array)) if updates else output
 
     return apply_with_state, {"params": params, "state": arrays}
 
@@ -105,7 +114,7 @@ class Slimmed(eqx.Module):
         return build(static, place, self.plan)(variables, *arrays)
 
 
-def slimmed(model: Any, plan: Plan, state: eqx.nn.State | None = None, variables: Any = None) -> Any:
+def slimmed(model: Any, plan: Plan, state: eqx.nn.State | None = None, *, variables: Any = None) -> Any:
     """A module that holds the small arrays and computes what `slim` computes.
 
     Args:

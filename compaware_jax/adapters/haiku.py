@@ -38,7 +38,8 @@ def functional(
     """A transformed function as a pure function of its variables.
 
     Args:
-      transformed: what `hk.transform` or `hk.transform_with_state` returned.
+      transformed: what `hk.transform` or `hk.transform_with_state` returned, the former also wrapped in
+        `hk.without_apply_rng`.
       params: the parameters.
       state: the state, for `hk.transform_with_state`.
       rng: random key, closed over; needed only where the model draws random numbers.

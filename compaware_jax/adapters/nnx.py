@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from compaware_jax.adapters.calls import Static, hashable, split_arrays
-from compaware_jax.adapters.layers import update_attributes
+from compaware_jax.adapters.nnx_layers import update_attributes
 from compaware_jax.adapters.rebuilt import compare
 from compaware_jax.errors import TraceError
 from compaware_jax.paths import named_leaves
@@ -101,7 +101,7 @@ class Slimmed(nnx.Module):
         return output
 
 
-def slimmed(model: Any, plan: Plan, variables: Any = None) -> Slimmed:
+def slimmed(model: Any, plan: Plan, *, variables: Any = None) -> Slimmed:
     """A module that holds the small arrays and computes what `slim` computes.
 
     Args:
@@ -154,7 +154,7 @@ def smaller(model: Any, plan: Plan, *args: Any, variables: Any = None, **kwargs:
             args, kwargs = static.join(arrays)
             return module(*args, **kwargs)
 
-        expected = run(slimmed(model, plan, variables), arrays)
+        expected = run(slimmed(model, plan, variables=variables), arrays)
         # A clone, because the check must not advance batch statistics.
         compare(lambda: run(nnx.clone(small), arrays), expected, None, "smaller", "slimmed")
     return small

@@ -132,7 +132,8 @@ def reduction(primitive: Primitive, *, sums: bool) -> None:
 
     def slim(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
         for x in operands:
-            for axis in eqn.params["axes"]:
+            # An axis that has only a name lies outside, as that of a vmap around the function does.
+            for axis in (a for a in eqn.params["axes"] if isinstance(a, (int, np.integer))):
                 if x.kept[axis] is not None and not (sums and x.zero[axis]):
                     return None
         return bind(eqn, [x.array for x in operands])

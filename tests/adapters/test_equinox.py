@@ -3,8 +3,11 @@
 from functools import lru_cache
 from typing import Any
 
+import chex
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -142,3 +145,57 @@ def test_smaller(x64):
 def test_models_of_the_wrong_type():
     with pytest.raises(TraceError, match=r"equinox\.functional: got a dict.*needs no adapter"):
         adapter.functional({})
+
+
+class Normalised(eqx.Module):
+    first: eqx.nn.Linear
+    norm: eqx.nn.BatchNorm
+    last: eqx.nn.Linear
+
+    def __init__(self, key):
+        keys = jax.random.split(key)
+        self.first = eqx.nn.Linear(3, 8, key=keys[0])
+        self.norm = eqx.nn.BatchNorm(8, "batch", mode="batch")
+        self.last = eqx.nn.Linear(8, 2, key=keys[1])
+
+    def __call__(self, x, state):
+        x, state = self.norm(self.first(x), state)
+        return self.last(jax.nn.relu(x)), state
+
+
+def test_training_mode_through_compress():
+    model, state = eqx.nn.make_with_state(Normalised)(jax.random.key(0))
+    one, variables = adapter.functional(model, state, updates=True)
+    apply = jax.vmap(one, (None, 0), (0, None), axis_name="batch")
+
+    def batches(step):
+        x = 2 + 3 * jax.random.normal(jax.random.fold_in(jax.random.key(1), step), (64, 3))
+        return {"x": x, "y": jnp.stack([x[:, 0] * x[:, 1], x[:, 2]], 1) / 9}
+
+    def loss(apply, variables, batch):
+        found, new = apply(variables, batch["x"])
+        return jnp.mean((found - batch["y"]) ** 2), {"state": new}
+
+    task = apply, variables, loss, batches
+    variables, _ = ca.fit(*task, 200, learning_rate=1e-2, progress=False)
+    groups = ca.find_groups(apply, variables, batches(0)["x"], state_outputs={"1": "state"}, strict=True)
+    assert groups.units == 8
+    result = ca.compress(
+        apply, variables, loss, batches, groups=groups, budget=ca.params(0.6),
+        search=ca.GradientSearch(steps=20), fine_tune=200, learning_rate=1e-2, progress=False,
+    )  # fmt: skip
+    x = batches(9)["x"]
+    small, small_state = adapter.slimmed(model, result.plan, state, variables=result.variables)
+    got, new = jax.vmap(small, (0, None), (0, None), axis_name="batch")(x, small_state)
+    expected, updates = result.apply(result.variables, x)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(eqx.filter(new, eqx.is_inexact_array), updates, rtol=1e-5, atol=1e-5)
+    # Running means are those of the small model's own channels.
+    mean = jax.vmap(small.model.first)(batches(8)["x"]).mean(0)
+    distances = [jnp.abs(leaf - mean).max() for leaf in jax.tree.leaves(updates) if leaf.shape == mean.shape]
+    assert min(distances) < 0.5 * jnp.abs(mean).max()
+
+
+def test_updates_without_state():
+    with pytest.raises(TraceError, match=r"updates=True without state"):
+        adapter.functional(eqx.nn.Linear(3, 2, key=jax.random.key(0)), updates=True)

@@ -86,11 +86,13 @@ def test_slimmed_is_a_module_to_go_on_with(x64):
 
     adapted = jax.tree.map(lambda leaf: 2 * leaf, ca.shrink(variables, plan))
     assert (
-        distance(run(adapter.slimmed(model, plan, adapted), x), jax.jit(ca.slim(apply, plan))(adapted, x))
+        distance(
+            run(adapter.slimmed(model, plan, variables=adapted), x), jax.jit(ca.slim(apply, plan))(adapted, x)
+        )
         == 0
     )
     with pytest.raises(PlanError, match="slimmed: the variables do not fit the plan"):
-        adapter.slimmed(model, plan, variables)
+        adapter.slimmed(model, plan, variables=variables)
 
     # In training, batch statistics and generators move, and an optimizer sees the small Params.
     small.train()
@@ -228,7 +230,7 @@ def test_training_mode_through_compress():
         learning_rate=1e-5,
         progress=False,
     )
-    small = adapter.slimmed(model, result.plan, result.variables)
+    small = adapter.slimmed(model, result.plan, variables=result.variables)
     width = result.plan.counts[0][1]
     assert small.model.norm.mean.shape == (width,) < (16,)
     seen = x @ small.model.first.kernel + small.model.first.bias
