@@ -1,6 +1,8 @@
 # The two commands of the README, and the pieces that they are made of.
 
 PYTHON ?= python3
+# A version of JAX to test with, e.g. make clean test JAX=0.10.2; empty takes the newest that fits.
+JAX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -35,7 +37,7 @@ $(VENV)/installed: setup.cfg pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/installed-test: setup.cfg pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test]' $(JAX:%='jax==%')
 	touch $(VENV)/installed $@
 
 clean:

@@ -134,9 +134,10 @@ def compress(
 
     Raises:
       BudgetError: the budget is below what the fixed axes allow.
-      RequestError: an argument is malformed, or the batches are no pure function of the step.
+      RequestError: an argument is malformed, the variables are not trainable, or the batches are no pure
+        function of the step.
       CriterionError: the dense model already fails a criterion, or a metric does not run on a small model.
-      PlanError: nothing can leave, or the variables are not those of the groups, or not trainable.
+      PlanError: nothing can leave, or the variables are not those of the groups.
       TraceError: the loss is not one finite number, or does not run on a small model.
       DivergenceError: the search or the fine-tune ended in values that are not finite.
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.

@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compaware_jax.checks import check_batches, check_functions, check_objective, checked_loss
+from compaware_jax.checks import (
+    check_batches,
+    check_functions,
+    check_objective,
+    check_trainable,
+    checked_loss,
+)
 from compaware_jax.coefficients import GradientSearch, Problem, SearchMethod
 from compaware_jax.cost import Budget
 from compaware_jax.criteria import Criterion, check_dense, measure
@@ -77,9 +83,9 @@ def check_problem(problem: Problem, variables: Any, held_out: Any = None) -> flo
       The loss of the dense model on the first batch.
 
     Raises:
-      PlanError: nothing can leave, or the variables are not those of the groups, or not trainable; or the
+      PlanError: nothing can leave, or the variables are not those of the groups; or the
         score is not one finite number per unit.
-      RequestError: the batches are no pure function of the step.
+      RequestError: the variables are not trainable, or the batches are no pure function of the step.
       TraceError: the loss is not one finite number, or does not use the function and the variables that it
         is called with, or does not run with small ones.
       CriterionError: a metric does not, likewise.
@@ -182,12 +188,7 @@ def _check_variables(variables: Any, groups: Groups) -> None:
             f"the variables (fingerprint {got}) are not those that the groups were found for "
             f"({groups.fingerprint}); first difference: {told}. Call find_groups with these variables."
         )
-    whole = [leaf.path for leaf in groups.leaves if not jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    if whole:
-        raise PlanError(
-            f"compress: {whole[:3]} are not floating-point leaves, which no gradient trains. Close over them "
-            "instead of keeping them in the variables."
-        )
+    check_trainable(variables, "compress")
     bad = [
         leaf.path
         for leaf, array in zip(groups.leaves, jax.tree.leaves(variables), strict=True)

@@ -93,8 +93,9 @@ def find_plan(
 
     Raises:
       BudgetError: the budget is below what the fixed axes allow.
-      RequestError: an argument is malformed, or the batches are no pure function of the step.
-      PlanError: nothing can leave, or the variables are not those of the groups, or not trainable.
+      RequestError: an argument is malformed, the variables are not trainable, or the batches are no pure
+        function of the step.
+      PlanError: nothing can leave, or the variables are not those of the groups.
       TraceError: the loss is not one finite number, or does not run on a small model.
       DivergenceError: the search ended in values that are not finite.
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.

@@ -11,7 +11,7 @@ from typing import Any
 from compaware_jax.compress import Result, compress
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion
-from compaware_jax.errors import BudgetError, CriterionError
+from compaware_jax.errors import BudgetError, CriterionError, RequestError
 from compaware_jax.groups import Groups
 from compaware_jax.objective import Batches, Loss
 
@@ -76,6 +76,11 @@ def smallest(
         raise CriterionError(
             "smallest: there are no criteria, so the smallest model is none. Pass at least one, e.g. "
             "at_least('psnr', psnr, 20.0); for the best model at a given size, call compress."
+        )
+    if "budget" in settings:
+        raise RequestError(
+            "smallest: got a budget, which is what it looks for. Leave it out, or call compress; start= is "
+            "the first one tried."
         )
     if cost not in COSTS or not 0 < start < 1 or not 0 < tolerance < 1:
         raise BudgetError(

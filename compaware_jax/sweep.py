@@ -186,7 +186,7 @@ def sweep(
     The first lane of a budget does what `compress` does with the same key, except that its fine-tune runs
     masked at full width, so that all lanes have one shape, and that the boundary is trimmed once, for the
     highest budget. The lanes of the other seeds draw other data and allocations. Arguments are those of
-    `compress`.
+    `compress`. A lane needs memory for about twenty times the variables.
 
     Args:
       apply: pure function ``apply(variables, *args)``.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import compaware_jax as ca
-from compaware_jax.errors import BudgetError, CriterionError
+from compaware_jax.errors import BudgetError, CriterionError, RequestError
 from tests import tasks
 
 SETTINGS = {
@@ -56,6 +56,7 @@ def test_nothing_smaller_keeps_a_bound_at_the_dense_error(problem):
         ({"criteria": []}, CriterionError, "there are no criteria"),
         ({"start": 1.5}, BudgetError, "start=1.5"),
         ({"cost": "seconds"}, BudgetError, "cost='seconds'"),
+        ({"budget": ca.params(0.5)}, RequestError, "got a budget, which is what it looks for"),
     ],
 )
 def test_bad_input(problem, changes, error, message):
