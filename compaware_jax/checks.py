@@ -67,6 +67,18 @@ def check_trainable(variables: Any, caller: str) -> None:
         )
 
 
+@jax.jit
+def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
+
+
+def not_finite(tree: Any) -> list[str]:
+    """Paths of the arrays that hold values that are not finite."""
+    leaves = named_leaves(tree)
+    finite = jax.device_get(_finite([leaf for _, leaf in leaves]))
+    return [path for (path, _), fine in zip(leaves, finite, strict=True) if not fine]
+
+
 def check_batches(batches: Batches, caller: str) -> None:
     """Refuse batches that are no function of the step, by JAX.
 

@@ -17,6 +17,7 @@ from compaware_jax.checks import (
     check_objective,
     check_trainable,
     checked_rate,
+    not_finite,
 )
 from compaware_jax.criteria import Apply, Criterion
 from compaware_jax.errors import DivergenceError
@@ -30,7 +31,6 @@ from compaware_jax.objective import (
     updated,
     value_and_updates,
 )
-from compaware_jax.paths import named_leaves
 
 
 class FitState(NamedTuple):
@@ -182,16 +182,6 @@ def _task(apply: Apply, variables: Any, loss: Loss, batches: Batches) -> dict[st
     return {"data": digest([first, second]), "loss": f"{float(value):.3g}"}
 
 
-@jax.jit
-def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.isfinite(leaf).all() for leaf in leaves]
-
-
-def is_finite(tree: Any) -> bool:
-    """Whether all values in a tree of arrays are finite."""
-    return all(map(bool, jax.device_get(_finite(jax.tree.leaves(tree)))))
-
-
 def stops(of_state: Callable[[Any], Any], label: str) -> Callable[[Any, Mapping[str, Any]], None]:
     """A check for `run_steps` that stops a training as soon as it has diverged.
 
@@ -214,10 +204,7 @@ def check_finite(variables: Any, label: str) -> None:
     Raises:
       DivergenceError: a leaf holds values that are not finite.
     """
-    leaves = named_leaves(variables)
-    finite = jax.device_get(_finite([leaf for _, leaf in leaves]))
-    bad = [path for (path, _), fine in zip(leaves, finite, strict=True) if not fine]
-    if bad:
+    if bad := not_finite(variables):
         raise DivergenceError(
             f"{label}: the training ended in values that are not finite, in {bad[:3]}. Lower its learning "
             "rate, or look for a division by what may become zero in a smaller model."

@@ -15,6 +15,7 @@ from compaware_jax.checks import (
     check_objective,
     check_trainable,
     checked_loss,
+    not_finite,
 )
 from compaware_jax.coefficients import GradientSearch, Problem, SearchMethod
 from compaware_jax.cost import Budget
@@ -189,12 +190,7 @@ def _check_variables(variables: Any, groups: Groups) -> None:
             f"({groups.fingerprint}); first difference: {told}. Call find_groups with these variables."
         )
     check_trainable(variables, "compress")
-    bad = [
-        leaf.path
-        for leaf, array in zip(groups.leaves, jax.tree.leaves(variables), strict=True)
-        if not bool(jnp.isfinite(array).all())
-    ]
-    if bad:
+    if bad := not_finite(variables):
         raise PlanError(
             f"compress: {bad[:3]} hold values that are not finite. Expected a trained model; look for "
             "where its training diverged."

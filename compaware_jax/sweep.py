@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from compaware_jax.boundary import trim
-from compaware_jax.checks import checked_rate
+from compaware_jax.checks import checked_rate, not_finite
 from compaware_jax.coefficients import Problem, Score, Search, SearchMethod
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion, Verdict
 from compaware_jax.errors import BudgetError
-from compaware_jax.fit import FitState, adam_cosine, fit_step, is_finite
+from compaware_jax.fit import FitState, adam_cosine, fit_step
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
 from compaware_jax.job import describe_request
@@ -277,7 +277,7 @@ def _points(
     for i, (budget, seed) in enumerate(asked):
         plan = plan_units(groups, np.asarray(state.gates[i]) > 0.5)
         small = shrink(jax.tree.map(lambda x, i=i: x[i], state.tune.variables), plan)
-        diverged = not (is_finite(small) and bool(np.isfinite(shares[i]).all()))
+        diverged = bool(not_finite({"coefficients": shares[i], "variables": small}))
         if diverged:
             _LOG.warning(
                 "sweep: seed %d of budget %g ended in values that are not finite; lower its learning rates.",

@@ -291,13 +291,12 @@ def test_sweep_is_what_compress_does(trained):
         assert got == pytest.approx(point.verdicts[0].after, rel=1e-4)
         assert point.kept == point.verdicts[0].kept == (got <= 0.25)
     assert not np.array_equal(points[0].coefficients, points[1].coefficients)
-    for point in points[::2]:
-        alone = compress(trained, budget=point.budget, search=tasks.SEARCH, fine_tune=100)
-        np.testing.assert_allclose(point.coefficients, alone.found.coefficients, rtol=1e-3)
-        assert point.plan == alone.plan
-        assert point.costs == alone.costs
-        assert point.verdicts[0].before == alone.verdicts[0].before
-        assert point.verdicts[0].after == pytest.approx(alone.verdicts[0].after, rel=1e-2)
+    point, alone = points[0], compress(trained, budget=budgets[0], search=tasks.SEARCH, fine_tune=100)
+    np.testing.assert_allclose(point.coefficients, alone.found.coefficients, rtol=1e-3)
+    assert point.plan == alone.plan
+    assert point.costs == alone.costs
+    assert point.verdicts[0].before == alone.verdicts[0].before
+    assert point.verdicts[0].after == pytest.approx(alone.verdicts[0].after, rel=1e-2)
 
 
 def test_work_at_full_width_is_said(caplog):
@@ -457,14 +456,7 @@ def test_checkpoints_are_of_the_same_metric(trained, tmp_path):
     run(tasks.error)
 
 
-def test_a_lane_that_diverges_is_warned_of(trained, caplog):
-    (point,) = sweep(trained, learning_rate=1e30)
-    assert "seed 0 of budget 0.5 ended in values that are not finite" in caplog.text
-    assert point.diverged
-    assert not point.verdicts[0].kept
-
-
-def test_a_lane_that_diverges_in_its_search_leaves_the_others(trained):
+def test_a_lane_that_diverges_leaves_the_others(trained, caplog):
     """The second seed meets a batch of values that are not finite; its criterion cannot tell."""
 
     def batches(step):
@@ -480,10 +472,11 @@ def test_a_lane_that_diverges_in_its_search_leaves_the_others(trained):
         search=ca.GradientSearch(steps=10), fine_tune=10, progress=False,
     )  # fmt: skip
     assert (fine.diverged, broken.diverged) == (False, True)
+    assert "seed 1 of budget 0.5 ended in values that are not finite" in caplog.text
     assert (fine.kept, broken.kept) == (True, False)
     assert not broken.verdicts[0].kept
-    (alone,) = sweep(trained, criteria=[], learning_rate=2e-3)
-    np.testing.assert_allclose(fine.coefficients, alone.coefficients, rtol=1e-5)
+    total, left = fine.costs["parameters"]
+    assert 0.45 * total < left <= 0.5 * total
 
 
 def test_threshold_that_was_measured(trained):
@@ -513,11 +506,10 @@ def test_counts_may_be_of_numpy(trained, tmp_path):
         "fine_tune": np.int64(5),
         "progress": False,
     }
-    for _ in range(2):
-        inspect.unwrap(ca.compress)(*task, budget=ca.params(0.5), directory=tmp_path / "one", **settings)
-        inspect.unwrap(ca.sweep)(
-            *task, budgets=[ca.params(0.5)], seeds=np.int64(1), directory=tmp_path / "many", **settings
-        )
+    inspect.unwrap(ca.compress)(*task, budget=ca.params(0.5), directory=tmp_path / "one", **settings)
+    inspect.unwrap(ca.sweep)(
+        *task, budgets=[ca.params(0.5)], seeds=np.int64(1), directory=tmp_path / "many", **settings
+    )
 
 
 def test_a_search_without_a_best_point_is_an_error(trained):
