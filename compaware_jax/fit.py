@@ -16,7 +16,9 @@ from compaware_jax.checks import (
     check_functions,
     check_objective,
     check_trainable,
+    checked_loss,
     checked_rate,
+    marks,
     not_finite,
 )
 from compaware_jax.criteria import Apply, Criterion
@@ -29,7 +31,6 @@ from compaware_jax.objective import (
     dual_ascent,
     trainable,
     updated,
-    value_and_updates,
 )
 
 
@@ -120,7 +121,7 @@ def fit(
     check_batches(batches, label)
     check_objective(apply, variables, loss, batches, criteria, label)
     if directory is not None and job is None:
-        job = _task(apply, variables, loss, batches)
+        job = marks(batches, checked_loss(apply, variables, loss, batches, label))
     return tuned(
         apply,
         variables,
@@ -174,14 +175,6 @@ def tuned(
     return state.variables, history
 
 
-def _task(apply: Apply, variables: Any, loss: Loss, batches: Batches) -> dict[str, Any]:
-    """What tells a training from others of the same variables, as JSON values."""
-    first, second = (batches(jnp.int32(step)) for step in (0, 1))
-    value, _ = jax.jit(lambda v, batch: value_and_updates(loss, apply, v, batch))(variables, first)
-    # Machines differ in the last digits.
-    return {"data": digest([first, second]), "loss": f"{float(value):.3g}"}
-
-
 def stops(of_state: Callable[[Any], Any], label: str) -> Callable[[Any, Mapping[str, Any]], None]:
     """A check for `run_steps` that stops a training as soon as it has diverged.
 
@@ -192,7 +185,7 @@ def stops(of_state: Callable[[Any], Any], label: str) -> Callable[[Any, Mapping[
 
     def check(state: Any, means: Mapping[str, Any]) -> None:
         # A loss may be infinite for a while; what is not finite in the weights stays so.
-        if not np.isfinite(means["loss"]):
+        if not all(np.isfinite(mean).all() for mean in means.values()):
             check_finite(of_state(state), label)
 
     return check

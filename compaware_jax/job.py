@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
+from compaware_jax.checks import marks
 from compaware_jax.coefficients import Problem, SearchMethod
 from compaware_jax.groups import Groups
 from compaware_jax.importance import ranks
@@ -31,9 +31,7 @@ def describe_request(
         "model": problem.groups.fingerprint,
         "groups": _mark(problem.groups),
         "variables": digest(variables),
-        "data": digest([problem.batches(jnp.int32(step)) for step in (0, 1)]),
-        # Machines differ in the last digits.
-        "loss": f"{checked.loss:.3g}",
+        **marks(problem.batches, checked.loss),
         "before": {name: f"{value:.3g}" for name, value in checked.before.items()},
         "criteria": [[c.name, c.threshold, c.above, c.trainable] for c in problem.criteria],
         "search": [

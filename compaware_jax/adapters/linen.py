@@ -189,6 +189,13 @@ class _Shapes:
         return left.pop()
 
     def blocks(self, name: str, number: int) -> tuple[int, int]:
+        full = self.plan.leaves[leaf_number(self.plan, self.path(name))].shape
+        if full[-1] != self.seen[name][-1]:
+            raise PlanError(
+                f"feature_counts: the last axis of `{self.path(name)}` is that of nn.vmap or nn.scan, "
+                f"{full}, which hides the layer's groups. Use `slim`, which runs any plan, or map over the "
+                "first axis."
+            )
         return surviving_blocks(self.plan, self.path(name), number)
 
     def names(self) -> Iterable[str]:

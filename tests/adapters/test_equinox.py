@@ -190,10 +190,13 @@ def test_training_mode_through_compress():
     expected, updates = result.apply(result.variables, x)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(eqx.filter(new, eqx.is_inexact_array), updates, rtol=1e-5, atol=1e-5)
-    # Running means are those of the small model's own channels.
-    mean = jax.vmap(small.model.first)(batches(8)["x"]).mean(0)
-    distances = [jnp.abs(leaf - mean).max() for leaf in jax.tree.leaves(updates) if leaf.shape == mean.shape]
-    assert min(distances) < 0.5 * jnp.abs(mean).max()
+    # The running mean moves by a hundredth to that of the small model's own channels.
+    mean = jax.vmap(small.model.first)(x).mean(0)
+    moved = [
+        100 * after - 99 * before
+        for before, after in zip(*map(jax.tree.leaves, (result.variables["state"], updates)), strict=True)
+    ]
+    assert any(leaf.shape == mean.shape and np.allclose(leaf, mean, rtol=1e-2, atol=1e-2) for leaf in moved)
 
 
 def test_updates_without_state():

@@ -251,3 +251,20 @@ def test_counts_under_vmap_that_shapes_do_not_tell():
     keep = np.arange(groups.units) > 0
     with pytest.raises(PlanError, match=r"sees \(3, 5\), and what is left of it is one of"):
         adapter.feature_counts(module, variables, ca.plan_units(groups, keep), x)
+
+
+def test_groups_of_a_layer_under_vmap():
+    """They lie along an axis that the mapped one must not take the place of."""
+    x = jnp.ones((2, 3))
+    for axis in (0, -1):
+        axes = {"variable_axes": {"params": axis}, "split_rngs": {"params": True}}
+        lifted = nn.vmap(nn.GroupNorm, **axes, in_axes=None, out_axes=0, axis_size=3)
+        module = nn.Sequential([nn.Dense(6), lifted(num_groups=2), lambda h: h.sum(0), nn.Dense(2)])
+        apply, variables = adapter.functional(module, module.init(jax.random.key(0), x))
+        groups = ca.find_groups(apply, variables, x)
+        whole = ca.plan_units(groups, np.ones(groups.units, bool))
+        if axis == 0:
+            assert adapter.feature_counts(module, variables, whole, x)["layers_1"] == {"num_groups": 2}
+        else:
+            with pytest.raises(PlanError, match=r"is that of nn\.vmap or nn\.scan, \(6, 3\)"):
+                adapter.feature_counts(module, variables, whole, x)
