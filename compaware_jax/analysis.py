@@ -21,7 +21,7 @@ class Analysis:
     Attributes:
       program: the program analysed.
       factors: per value id its factors (their atoms index `solution.labels`).
-      solution: classes of atoms; joint factors are rectangles under it.
+      solution: classes of atoms; joint factors are rectangles under it, but for those of `ragged` values.
       unknown: where primitives without a rule were met.
       choices: choices of how to cut that were met.
       cuts: how it was cut where there was a choice, the choices taken included.
@@ -55,11 +55,24 @@ class Analysis:
             classes += [labels[labels >= 0] for labels in along]
         return elements, len(np.unique(np.concatenate(classes)))
 
+    @cached_property
+    def ragged(self) -> frozenset[int]:
+        """Values whose classes form no rectangle, which a dense array cannot hold cut.
+
+        They stay whole; what leaves of them is not read again by the equations that move them on.
+        """
+        return frozenset(
+            value
+            for value, factors in self.factors.items()
+            for f in factors
+            if len(f.axes) > 1 and len(self._varying(f.ids)) > 1
+        )
+
     def labels(self, value: int) -> tuple[np.ndarray | None, ...]:
         """Per axis of a value the class of each index (-1: fixed), or None where nothing is tracked."""
         if value not in self._labels:
             result: list[np.ndarray | None] = [None] * len(self.program.avals[value].shape)
-            for factor in self.factors.get(value, ()):
+            for factor in () if value in self.ragged else self.factors.get(value, ()):
                 # Element-wise operations hand on the very array: many values share it.
                 if id(factor.ids) not in self._along:
                     self._along[id(factor.ids)] = self._line(factor.ids)
@@ -71,7 +84,9 @@ class Analysis:
     def lines(self) -> list[np.ndarray]:
         """Every distinct array of `labels` of some value's axis."""
         # Many values share the very array of atoms.
-        distinct = {id(f.ids): f.ids for factors in self.factors.values() for f in factors}
+        ragged = self.ragged
+        tracked = (factors for value, factors in self.factors.items() if value not in ragged)
+        distinct = {id(f.ids): f.ids for factors in tracked for f in factors}
         lines = (self._line(ids)[1] for ids in distinct.values())
         return list({labels.tobytes(): labels for labels in lines}.values())
 
@@ -131,9 +146,14 @@ class Analysis:
         labels = self._open[ids]
         if labels.ndim == 1:
             return 0, labels
-        varying = [p for p in range(labels.ndim) if varies(labels, p)]
+        varying = self._varying(ids)
         position = varying[0] if varying else labels.ndim - 1
         return position, labels[tuple(slice(None) if p == position else 0 for p in range(labels.ndim))]
+
+    def _varying(self, ids: np.ndarray) -> list[int]:
+        """The axes of a factor that its classes depend on."""
+        labels = self._open[ids]
+        return [p for p in range(labels.ndim) if varies(labels, p)]
 
 
 def varies(labels: np.ndarray, position: int) -> bool:

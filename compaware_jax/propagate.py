@@ -231,7 +231,9 @@ class _Propagation:
 
     def close(self, program: Program) -> Analysis:
         factors = {value: x.factors for value, x in self.values.items()}
-        joint = [f for fs in factors.values() for f in fs if len(f.axes) > 1]
+        joint = {value: fs for value, fs in factors.items() if any(len(f.axes) > 1 for f in fs)}
+        moved = _only_moved(program.block) if joint else set()
+        joint = [f for value, fs in joint.items() if value not in moved for f in fs if len(f.axes) > 1]
         solution = _solve(self.ledger, joint)
         # What is not written any more is zero: so it may not be where something is singular at zero.
         for atoms, in_place in self.written:
@@ -248,6 +250,23 @@ class _Propagation:
             choices=frozenset(self.ledger.met),
             cuts=self.ledger.cuts,
         )
+
+
+def _only_moved(block: Block) -> set[int]:
+    """Values that equations which only move elements hand to one another, and to nothing else.
+
+    They need not be cut: a channel shuffle makes one axis two and one again, and what leaves it is no row of
+    either of the two.
+    """
+    inside, elsewhere = set[int](), set(block.outputs)
+    for eqn in block.equations:
+        rule = RULES.get(eqn.primitive)
+        if rule is not None and rule.moves:
+            inside.update(eqn.outputs)
+        else:
+            elsewhere.update(eqn.inputs)
+    inner = (_only_moved(body) for eqn in block.equations for body in eqn.bodies)
+    return (inside - elsewhere).union(*inner)
 
 
 def _derivative_is_zero(

@@ -79,13 +79,17 @@ class _Run:
 
     def block(self, block: Block, inputs: Sequence[jax.Array]) -> list[jax.Array]:
         self.small.update(zip(block.inputs, inputs, strict=True))
+        ragged = self.analysis.ragged
         for eqn in block.equations:
             self.producers.update(dict.fromkeys(eqn.outputs, eqn))
             kept = [self.kept(v) for v in eqn.outputs]
             with eqn.context:
-                results = self.emptied(eqn, kept)
-                if results is None:
-                    results = self.equation(eqn, kept)
+                if ragged.intersection((*eqn.inputs, *eqn.outputs)):
+                    results = self.moved(eqn, kept)
+                else:
+                    results = self.emptied(eqn, kept)
+                    if results is None:
+                        results = self.equation(eqn, kept)
             if results is None:
                 self.record.uncut[eqn] = None
                 results = [take(self.whole(v), index) for v, index in zip(eqn.outputs, kept, strict=True)]
@@ -94,6 +98,12 @@ class _Run:
 
     def kept(self, value: int) -> Kept:
         return self.analysis.kept(value, self.alive)
+
+    def moved(self, eqn: Equation, kept: list[Kept]) -> list[jax.Array]:
+        """The results of an equation that moves elements from or to a value that stays whole."""
+        shapes = zip(eqn.inputs, eqn.in_shapes, strict=True)
+        whole = [_spread(self.read(v), self.kept(v), shape) for v, shape in shapes]
+        return [take(x, index) for x, index in zip(eqn.run(*whole), kept, strict=True)]
 
     def emptied(self, eqn: Equation, kept: list[Kept]) -> list[jax.Array] | None:
         """The results of an equation of which nothing is left, or of a product over nothing."""
@@ -192,6 +202,8 @@ class _Run:
         """Whether zeros at the cut places make a small value the full one."""
         if value not in self.small and value not in self.analysis.program.constants:
             return False
+        if value in self.analysis.ragged:
+            return False
         pairs = zip(self.analysis.zero(value), self.kept(value), strict=True)
         return all(zero or index is None for zero, index in pairs)
 
@@ -237,22 +249,36 @@ class _Run:
             return None
         analysis, alive = self.analysis, self.alive
         places = [(self.kept(v), analysis.program.avals[v].shape) for v in eqn.inputs]
+        # What the function closed over comes first; it has no derivative, and to ask for it is an error.
+        outside = eqn.params["num_consts"]
+        closed, arrays = [x.array for x in operands[:outside]], [x.array for x in operands[outside:]]
 
         @jax.custom_vjp
         def call(*arrays: jax.Array) -> list[jax.Array]:
-            return _Run(analysis, alive).block(body, arrays)
+            return _Run(analysis, alive).block(body, [*closed, *arrays])
 
         def un_cut(*arrays: jax.Array) -> list[jax.Array]:
-            full = [scatter(x, index, shape) for x, (index, shape) in zip(arrays, places, strict=True)]
+            small = zip([*closed, *arrays], places, strict=True)
+            full = [scatter(x, index, shape) for x, (index, shape) in small]
             return [take(x, index) for x, index in zip(eqn.run(*full), kept, strict=True)]
 
         call.defvjp(partial(jax.vjp, un_cut), lambda pull, cotangents: pull(cotangents))
-        arrays = [x.array for x in operands]
         try:
             jax.eval_shape(call, *arrays)
         except _OutOfReachError:
             return None
         return call(*arrays)
+
+
+def _spread(array: jax.Array, kept: Kept, shape: tuple[int, ...]) -> jax.Array:
+    """An array with what is kept at its full places and any numbers elsewhere: cheaper than `scatter`."""
+    if _is_empty(kept):
+        return scatter(array, kept, shape)
+    places = (
+        None if index is None else np.clip(np.searchsorted(index, np.arange(size)), 0, len(index) - 1)
+        for index, size in zip(kept, shape, strict=True)
+    )
+    return take(array, list(places), distinct=False)
 
 
 def _is_empty(kept: Kept) -> bool:

@@ -120,6 +120,17 @@ def _permuted(d: _Network) -> None:
     d.steps.append(lambda v, x: x[..., order])
 
 
+def _shuffled(d: _Network) -> None:
+    """Dealt out into piles, one after the other."""
+    n = len(d.features)
+    piles = [k for k in range(2, n) if n % k == 0]
+    if not piles:
+        return
+    k = int(d.rng.choice(piles))
+    d.features = [name for pile in range(k) for name in d.features[pile::k]]
+    d.steps.append(lambda v, x: x.reshape(*x.shape[:-1], n // k, k).swapaxes(-1, -2).reshape(x.shape))
+
+
 def _doubled(d: _Network) -> None:
     """Every feature twice, in turn."""
     d.features = [name for name in d.features for _ in range(2)]
@@ -208,7 +219,7 @@ def _pool(d: _Network) -> None:
 
 
 _ANY = (
-    _dense, _pointwise, _pointwise, _residual, _gated, _branch, _folded, _permuted, _doubled,
+    _dense, _pointwise, _pointwise, _residual, _gated, _branch, _folded, _permuted, _shuffled, _doubled,
     _layer_norm, _ensemble, _embedded,
 )  # fmt: skip
 _SEQUENCE = (*_ANY, _attention, _recurrent)

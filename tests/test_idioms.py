@@ -155,6 +155,23 @@ def test_backward_pass_of_its_own(before):
     assert shapes == (full if ran else [(4, 4), (4, 3)])
 
 
+def test_backward_pass_of_its_own_that_closes_over_arrays():
+    """Such arrays come first among the operands, and have no derivative: nothing asks for it."""
+    slopes = jnp.asarray(RNG.normal(size=(1, 6)))
+
+    @jax.custom_vjp
+    def scaled(h):
+        return h * slopes
+
+    scaled.defvjp(lambda h: (scaled(h), h), lambda h, g: (g * slopes + 0.1 * h,))
+
+    def apply(v, x):
+        return scaled(jnp.tanh(x @ v["a"])) @ v["b"]
+
+    groups = ca.find_groups(apply, VARIABLES, X)
+    assert max(law_errors(apply, VARIABLES, X, keep=KEEP, groups=groups)) <= 1e-10
+
+
 @pytest.mark.parametrize(("heads", "channels"), [(4, 3), (2, 5)])
 def test_heads_with_a_norm_of_their_own(heads, channels):
     """Queries and keys are normalised head by head: whole heads leave, or the same channels of all."""
@@ -203,6 +220,52 @@ def test_layer_of_diagonal_blocks():
     assert ca.shrink(variables, ca.plan_units(groups, keep))["in"].shape == (3, 4)
     positions = ca.find_groups(apply, variables, X, within_heads=True)
     assert [(g.units, len(g.axes)) for g in positions.groups] == [(4, 6)]
+
+
+def shuffled(h):
+    return h.reshape(*h.shape[:-1], 2, 3).swapaxes(-1, -2).reshape(h.shape)
+
+
+SHUFFLES = {
+    "once": lambda h: shuffled(jax.nn.sigmoid(h)),
+    "many times": lambda h: shuffled(shuffled(shuffled(h))),
+    # What was cut was a half; the softmax needs it, so all before it runs again at full width.
+    "before what runs at full width": lambda h: jax.nn.softmax(shuffled(jax.nn.sigmoid(h)) - 0.3),
+    "in a loop": lambda h: lax.fori_loop(0, 2, lambda i, x: shuffled(shuffled(jnp.tanh(x))), h),
+    "in a call with a derivative of its own": lambda h: SHUFFLED_CALL(h),
+    "of each row": jax.vmap(shuffled),
+}
+SHUFFLED_CALL = jax.custom_jvp(shuffled)
+SHUFFLED_CALL.defjvps(lambda tangent, out, h: 2 * shuffled(tangent))
+
+
+@pytest.mark.parametrize("how", SHUFFLES)
+def test_shuffled_channels_leave_one_by_one(how):
+    """As two axes, channels would leave by rows or columns; that is between reshapes only."""
+
+    def apply(v, x):
+        return SHUFFLES[how](x @ v["a"] + 0.1) @ v["b"]
+
+    groups = ca.find_groups(apply, VARIABLES, X, strict=True)
+    # Two shuffles swap 1 with 4 and 2 with 3: what a loop hands on is cut the same before and after.
+    assert groups.units == (4 if how == "in a loop" else 6)
+    for keep in (KEEP, np.arange(6) == 4):
+        keep = keep[: groups.units] | np.isin(np.arange(groups.units), groups.offsets)
+        assert max(law_errors(apply, VARIABLES, X, keep=keep, groups=groups)) <= 1e-10
+        assert not ca.uncut(groups, ca.plan_units(groups, keep)) or "full width" in how
+
+
+def test_shuffled_channels_that_meet_a_layer_as_two_axes_leave_by_rows():
+    """The other way in which they are read decides: a dense array of two axes loses rows or columns."""
+
+    def apply(v, x):
+        h = x @ v["a"]
+        return shuffled(h) @ v["b"], (jnp.tanh(h.reshape(-1, 2, 3)) * v["s"]).sum((1, 2))
+
+    variables = {**VARIABLES, "s": RNG.normal(size=(2, 3))}
+    groups = ca.find_groups(apply, variables, X, strict=True)
+    assert [(g.units, g.axes) for g in groups.groups] == [(2, (("a", 1, 3), ("b", 0, 3), ("s", 0, 1)))]
+    assert max(law_errors(apply, variables, X, keep=np.array([1, 0], bool), groups=groups)) <= 1e-10
 
 
 @pytest.mark.parametrize("look_up", [lambda s: jnp.take(s, 0), lambda s: s[0]], ids=["take", "slice"])

@@ -19,18 +19,18 @@ ZeroTest = Callable[[Equation, Sequence[bool], Sequence[float | None]], bool]
 """Whether an element-wise result is zero, from each operand's zero flag and uniform value."""
 
 
-def take(array: jax.Array, positions: Sequence[np.ndarray | None]) -> jax.Array:
-    """Static positions along each axis (None: all of them)."""
+def take(array: jax.Array, positions: Sequence[np.ndarray | None], *, distinct: bool = True) -> jax.Array:
+    """Static positions along each axis (None: all of them), no two of them the same where `distinct`."""
     for axis, index in enumerate(positions):
         if index is not None:
-            array = resharded(array, axis, lambda whole, a=axis, i=index: _take_axis(whole, i, a))
+            array = resharded(array, axis, lambda whole, a=axis, i=index: _take_axis(whole, i, a, distinct))
     return array
 
 
-def _take_axis(array: jax.Array, index: np.ndarray, axis: int) -> jax.Array:
+def _take_axis(array: jax.Array, index: np.ndarray, axis: int, distinct: bool) -> jax.Array:
     if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
         return jax.lax.slice_in_dim(array, int(index[0]), int(index[0]) + len(index), axis=axis)
-    return jnp.take(array, index, axis=axis, mode="clip", unique_indices=True)
+    return jnp.take(array, index, axis=axis, mode="clip", unique_indices=distinct)
 
 
 def scatter(array: Any, kept: Sequence[np.ndarray | None], shape: tuple[int, ...]) -> Any:

@@ -53,8 +53,8 @@ def _slim_broadcast(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kep
     ]
 
 
-register_rule(p.transpose_p, _couple_transpose, _slim_same)
-register_rule(p.squeeze_p, _couple_squeeze, _slim_same)
+register_rule(p.transpose_p, _couple_transpose, _slim_same, moves=True)
+register_rule(p.squeeze_p, _couple_squeeze, _slim_same, moves=True)
 register_rule(p.broadcast_in_dim_p, _couple_broadcast, _slim_broadcast)
 
 
@@ -172,4 +172,4 @@ def _slim_reshape(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
     return [lax.reshape(operands[0].array, shape, eqn.params["dimensions"], out_sharding=sharding)]
 
 
-register_rule(p.reshape_p, _couple_reshape, _slim_reshape)
+register_rule(p.reshape_p, _couple_reshape, _slim_reshape, moves=True)

@@ -62,6 +62,7 @@ class Rule:
       loose: ``equation -> [(operand, axis), ...]`` where `slim` takes an operand that is cut although
         the index stays: what is missing counts as zero.
       elementwise: whether its operands are tied index by index, and zero flags alone tell the outputs'.
+      moves: whether it does nothing but move elements, so that it costs little at full width.
     """
 
     couple: Couple
@@ -69,6 +70,7 @@ class Rule:
     work: Work | None = None
     loose: Loose | None = None
     elementwise: bool = False
+    moves: bool = False
 
 
 RULES: dict[Primitive, Rule] = {}
@@ -80,6 +82,8 @@ def register_rule(
     slim: Slim | None = None,
     work: Work | None = None,
     loose: Loose | None = None,
+    *,
+    moves: bool = False,
 ) -> None:
     """Register how a primitive is read; see `Rule` for the readings.
 
@@ -94,6 +98,8 @@ def register_rule(
       slim: its slimming; None runs it at full width, which is always exact.
       work: its multiply-add count as a product of axis sizes.
       loose: the ends of its operands that may leave apart from it.
+      moves: whether it does nothing but move elements, as a reshape does. What several such equations hand
+        to one another need not fit a dense array when it is cut: it stays whole.
 
     Raises:
       RequestError: the primitive is given by its name, say; or the coupling is no function.
@@ -127,7 +133,7 @@ def register_rule(
             f"register_rule: got ({primitive!r}, {couple!r}), expected a primitive and a function. Those of "
             "JAX are attributes of jax.extend.core.primitives, e.g. primitives.sin_p."
         )
-    RULES[primitive] = Rule(couple, slim, work, loose)
+    RULES[primitive] = Rule(couple, slim, work, loose, moves=moves)
 
 
 def primitives_of(function: Callable, *args: object) -> list[Primitive]:

@@ -30,6 +30,7 @@ from .convolutional_linen import (
     MOBILENET_V2,
     REGNET_BLOCKS,
     REGNET_WIDTHS,
+    SHUFFLENET_V2,
     UNET_WIDTHS,
     VAE,
     VGG16,
@@ -40,6 +41,7 @@ from .convolutional_linen import (
     InvertedResidualNet,
     RegNetY400MF,
     ResNet50,
+    ShuffleNetV2,
     Stages,
     UNet,
 )
@@ -262,6 +264,14 @@ ENTRIES: tuple[Entry, ...] = (
             for before, n, w in zip((32, *REGNET_WIDTHS), REGNET_BLOCKS, REGNET_WIDTHS, strict=False)
         ),
         "stem 32 + streams 800 + per block groups of 8 (or positions before and after) and the SE width",
+    ),
+    Entry(
+        "ShuffleNet v2",
+        "Flax Linen, as in Ma et al.",
+        linen(ShuffleNetV2(), _images(64)),
+        24 + sum(width // 2 * (2 * blocks + 1) for width, blocks in SHUFFLENET_V2) + 1024,
+        "stem 24 + the channels of every 1×1 convolution, three in the first block of a stage and two in the "
+        "others + head 1,024",
     ),
     Entry(
         "U-Net",

@@ -244,6 +244,38 @@ class RegNetY400MF(nn.Module):
         return nn.Dense(CLASSES)(jnp.mean(x, (1, 2)))
 
 
+# Width and blocks of each stage.
+SHUFFLENET_V2 = ((116, 4), (232, 8), (464, 4))
+
+
+class ShuffleNetV2(nn.Module):
+    """ShuffleNet v2, width 1: half of the channels go through a block, then both halves are shuffled."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        norm = partial(nn.BatchNorm, use_running_average=True, epsilon=1e-5)
+
+        def pointwise(x: jax.Array, width: int) -> jax.Array:
+            return nn.relu(norm()(nn.Conv(width, (1, 1), use_bias=False)(x)))
+
+        def depthwise(x: jax.Array, strides: int) -> jax.Array:
+            width = x.shape[-1]
+            return norm()(nn.Conv(width, (3, 3), strides, feature_group_count=width, use_bias=False)(x))
+
+        x = nn.relu(norm()(nn.Conv(24, (3, 3), 2, use_bias=False)(x)))
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+        for width, blocks in SHUFFLENET_V2:
+            for block in range(blocks):
+                half, strides = width // 2, 2 if block == 0 else 1
+                past, y = (x, x) if block == 0 else jnp.split(x, 2, -1)
+                if block == 0:
+                    past = pointwise(depthwise(past, strides), half)
+                y = pointwise(depthwise(pointwise(y, half), strides), half)
+                x = jnp.concatenate([past, y], -1)
+                x = x.reshape(*x.shape[:-1], 2, half).swapaxes(-1, -2).reshape(x.shape)
+        return nn.Dense(CLASSES)(jnp.mean(pointwise(x, 1024), (1, 2)))
+
+
 UNET_WIDTHS = (64, 128, 256, 512)
 
 
