@@ -175,11 +175,11 @@ class Ledger:
         return ids
 
     def all_fixed(self, ids: np.ndarray) -> bool:
-        """Whether every one of these atoms has been fixed directly (equalities are not followed)."""
+        """Whether every one of these atoms is known to be fixed, by itself or by an equality met since."""
         return bool(self._flags[ids].all())
 
     def stays(self, ids: np.ndarray) -> bool:
-        """Whether every one of these atoms has been fixed or marked inexact directly."""
+        """Whether every one of these atoms is known to be fixed, or has been marked inexact directly."""
         return bool((self._flags[ids] | self._doubted[ids]).all())
 
     def mark_inexact(self, ids: np.ndarray, reason: str) -> None:
@@ -202,8 +202,11 @@ class Ledger:
             return
         differs = a != b
         if differs.any():
-            a, b = np.broadcast_arrays(a, b)
-            self._edges.append((a[differs], b[differs]))
+            a, b = (x[differs] for x in np.broadcast_arrays(a, b))
+            self._edges.append((a, b))
+            # One fixes the other. What fixes either of them later is not followed.
+            self._flags[a] |= self._flags[b]
+            self._flags[b] |= self._flags[a]
 
     def collapse(self, factor: Factor, axes: Sequence[int]) -> Factor:
         """Make a factor depend on `axes` only, uniting its atoms along its other axes."""

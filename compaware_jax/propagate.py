@@ -208,6 +208,7 @@ class _Propagation:
         """
         if eqn.primitive is not p.custom_jvp_call_p:
             return False
+        inputs = [self.with_vacuous_zeros(x) for x in inputs]
         memo, shared = self.derivatives, flags(eqn, inputs, self.constants)
         if shared in memo:
             return memo[shared]
@@ -228,6 +229,13 @@ class _Propagation:
             if shared is not None and by_flags:
                 memo[shared] = memo[key]
         return memo[key]
+
+    def with_vacuous_zeros(self, x: Tracked) -> Tracked:
+        """The value, where all that never leaves counts as zero when it does."""
+        factors = tuple(
+            replace(f, zero=True) if not f.zero and self.ledger.all_fixed(f.ids) else f for f in x.factors
+        )
+        return replace(x, factors=factors)
 
     def close(self, program: Program) -> Analysis:
         factors = {value: x.factors for value, x in self.values.items()}

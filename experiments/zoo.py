@@ -83,12 +83,15 @@ def entries() -> tuple[Entry, ...]:
         convolutional,
         decoders,
         encoders,
+        generative,
         recurrent,
         structures,
         vision_transformers,
     )
 
-    kinds = (convolutional, vision_transformers, decoders, encoders, recurrent, agents, structures)
+    kinds = (
+        convolutional, vision_transformers, decoders, encoders, recurrent, generative, agents, structures,
+    )  # fmt: skip
     return tuple(entry for kind in kinds for entry in kind.ENTRIES)
 
 

@@ -406,6 +406,35 @@ def _fourier(d: _Drawing) -> None:
     d.add(lambda v, x: jnp.fft.rfft(x, axis=0).real[: x.shape[0]] if x.ndim == 2 else x)
 
 
+def _transformed(d: _Drawing) -> None:
+    """A transform along the features, beside them or in their place."""
+    n = d.shape[-1]
+    if d.rng.random() < 0.5:
+        d.add(lambda v, x: x + jnp.fft.fft(x).real / n)
+    else:
+        d.add(lambda v, x: jnp.abs(jnp.fft.rfft(x)) ** 2 / n)
+
+
+def _neighbours(d: _Drawing) -> None:
+    """A window or a kernel that slides along the features."""
+    kind, window = d.rng.integers(3), (1,) * (len(d.shape) - 1) + (3,)
+    ones = (1,) * len(d.shape)
+    if kind == 0:  # Local response normalization.
+        d.add(lambda v, x: x / (1 + lax.reduce_window(x**2, 0.0, lax.add, window, ones, "SAME")))
+    elif kind == 1:
+        strides = (*ones[:-1], 2)
+        d.add(lambda v, x: lax.reduce_window(x, -jnp.inf, lax.max, window, strides, "SAME"))
+    else:
+        k = d.leaf(3)
+
+        def step(v: Any, x: jax.Array) -> jax.Array:
+            lines = x.reshape(-1, 1, x.shape[-1])
+            gate = lax.conv_general_dilated(lines, v[k][None, None], (1,), "SAME")
+            return x * jax.nn.sigmoid(gate.reshape(x.shape))
+
+        d.add(step)
+
+
 def _gathered_max(d: _Drawing) -> None:
     d.add(lambda v, x: x - jnp.take_along_axis(x, jnp.argmax(x, -1, keepdims=True), -1))
 
@@ -455,7 +484,8 @@ _ANY = (
     _activation, _activation, _activation, _bias, _scale, _dense, _dense, _residual, _norm, _softmax,
     _pooled, _gated_split, _uneven_split, _concatenated, _moved, _shuffled, _scanned_layers, _repeated,
     _branched, _looked_up, _embedded, _rolled, _cumulated, _sorted, _written, _sliced_dynamically,
-    _dropped, _ensemble, _blockwise_softmax, _gathered_max, _fourier,
+    _dropped, _ensemble, _blockwise_softmax, _gathered_max, _fourier, _transformed,
+    _neighbours,
 )  # fmt: skip
 _IMAGE = (
     _conv, _conv, _grouped_conv, _blur, _squeeze_excite, _patches, _pixel_shuffle, _flatten,

@@ -51,6 +51,16 @@ HIDDEN = {
         lambda row: row * lax.pmax(row, "rows") - lax.pmin((row, 2 * row), "rows")[1], lax.stop_gradient(h)
     ),
     "edges, of no width along the channels": lambda h: jnp.pad(h, ((1, 1), (0, 0)), mode="edge"),
+    "a normalization by neighbours": lambda h: (
+        h / (1 + lax.reduce_window(h**2, 0.0, lax.add, (1, 3), (1, 1), "SAME")) ** 0.75
+    ),
+    "a normalization of halves by neighbours": lambda h: (
+        jax.nn.sigmoid(h) * lax.reduce_window(jax.nn.sigmoid(h), 0.0, lax.add, (1, 3), (1, 1), "SAME")
+    ),
+    "a gate by neighbours": lambda h: (
+        h * jax.nn.sigmoid(lax.conv(h[:, None], jnp.array([[[0.3, -1.0, 2.0]]]), (1,), "SAME"))[:, 0]
+    ),
+    "a transform along the channels": lambda h: h + jnp.fft.fft(jnp.cos(h)).real,
     "truth values": lambda h: jnp.where(h > 0.2, 1.0, 0.0) + h,
 }
 
@@ -77,6 +87,22 @@ def test_channels_that_stay_zero_run_small():
         groups = ca.find_groups(apply, VARIABLES, X, np.array([0, 3]))
         plan = ca.plan_units(groups, KEEP)
         assert [e.where for e in ca.uncut(groups, plan) if "reduce_sum" in e.where] == []
+
+
+def test_activated_channels_of_images_stay_zero():
+    """A bias is added along the channels alone: that says nothing of the axes that never leave."""
+
+    def apply(v, x):
+        h = jax.nn.relu(lax.conv(x, v["k"], (1, 1), "SAME") + v["c"])
+        near = lax.reduce_window(h**2, 0.0, lax.add, (1, 3, 1, 1), (1, 1, 1, 1), "SAME")
+        return ((h - h.mean(1, keepdims=True)) / (1 + near)).sum((2, 3)) @ v["b"]
+
+    variables = {**VARIABLES, "k": RNG.normal(size=(6, 3, 3, 3)), "c": RNG.normal(size=(6, 1, 1))}
+    image = RNG.normal(size=(2, 3, 4, 4))
+    groups = ca.find_groups(apply, variables, image)
+    assert groups.units == 6
+    assert ca.uncut(groups, ca.plan_units(groups, KEEP)) == ()
+    assert max(law_errors(apply, variables, image, keep=KEEP, groups=groups)) <= 1e-10
 
 
 def routed(v, x):

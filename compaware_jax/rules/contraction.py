@@ -12,7 +12,15 @@ from jax.extend.core import primitives as p
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.placement import dividing, explicit
 from compaware_jax.program import Equation
-from compaware_jax.rules.families import bind, fixed_elsewhere, scatter, small_shape, take
+from compaware_jax.rules.families import (
+    bind,
+    filled_up,
+    fixed_elsewhere,
+    mixed,
+    scatter,
+    small_shape,
+    take,
+)
 from compaware_jax.rules.registry import Kept, Small, primitives_of, register_rule
 
 # --- dot_general --------------------------------------------------------------------------------------
@@ -210,13 +218,11 @@ def _couple_conv(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> li
 
     batch, feature = single(lhs, lhs_batch), single(lhs, lhs_feature)
     kernel_in, kernel_out = single(rhs, rhs_in), single(rhs, rhs_out)
-    for x, features, what in (
-        (lhs, (lhs_batch, lhs_feature), "image"),
-        (rhs, (rhs_out, rhs_in), "kernel"),
-    ):
-        for factor in x.factors:
-            if not set(factor.axes) & set(features):
-                ledger.fix(factor.ids, f"spatial axis of the {what} of {eqn.where}")
+    for factor in rhs.factors:
+        if not set(factor.axes) & {rhs_out, rhs_in}:
+            ledger.fix(factor.ids, f"spatial axis of the kernel of {eqn.where}")
+    slid_over = {a for f in mixed(ledger, lhs, (lhs_batch, lhs_feature)) for a in f.axes}
+    free = [out for axis, out in zip(spec.lhs_spec, spec.out_spec, strict=True) if axis in slid_over]
     if eqn.params["batch_group_count"] > 1:
         for factor in (batch, feature, kernel_in, kernel_out):
             if factor is not None:
@@ -250,7 +256,9 @@ def _couple_conv(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> li
         factors.append(batch.moved({lhs_batch: out_batch}))
     if kernel_out is not None:
         factors.append(kernel_out.moved({rhs_out: out_feature}))
-    factors += fixed_elsewhere(ledger, out_shape, (out_batch, out_feature), f"spatial axis of {eqn.where}")
+    factors += fixed_elsewhere(
+        ledger, out_shape, (out_batch, out_feature, *free), f"spatial axis of {eqn.where}"
+    )
     return [Tracked(out_shape, tuple(factors))]
 
 
@@ -266,8 +274,10 @@ def _by_position(eqn: Equation) -> bool:
 
 
 def _slim_conv(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
-    lhs, rhs = operands
     spec, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    lhs, rhs = filled_up(operands[0], spec.lhs_spec[2:], eqn.in_shapes[0]), operands[1]
+    if lhs is None:
+        return None
     lhs_feature, rhs_out, rhs_in = spec.lhs_spec[1], spec.rhs_spec[0], spec.rhs_spec[1]
     if groups == 1:
         if not _vanishes(lhs, lhs_feature, rhs, rhs_in):

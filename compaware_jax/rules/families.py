@@ -181,6 +181,27 @@ def passed(
     return factors
 
 
+def mixed(ledger: Ledger, x: Tracked, passes: Iterable[int]) -> list[Factor]:
+    """The factors of a value, on none of the axes that an operation hands on, of which something may leave.
+
+    An operation that mixes what stands along an axis (a transform, a window) need not keep it whole: it sees
+    zeros where something left (`filled_up`), and what comes out stands for itself, to be cut where it meets
+    what is cut. Where nothing leaves what is mixed, nothing should leave behind it (`fixed_elsewhere`).
+    """
+    handed_on = set(passes)
+    return [f for f in x.factors if not handed_on.intersection(f.axes) and not ledger.all_fixed(f.ids)]
+
+
+def filled_up(operand: Small, axes: Iterable[int], shape: tuple[int, ...]) -> Small | None:
+    """An operand of a full shape with zeros for what was cut of some axes; None where those are not zeros."""
+    cut_there = [a for a in axes if operand.kept[a] is not None]
+    if not all(operand.zero[a] for a in cut_there):
+        return None
+    there = tuple(index if a in cut_there else None for a, index in enumerate(operand.kept))
+    elsewhere = tuple(None if a in cut_there else index for a, index in enumerate(operand.kept))
+    return Small(scatter(operand.array, there, shape), elsewhere, operand.zero, operand.known)
+
+
 def fixed_elsewhere(ledger: Ledger, shape: tuple[int, ...], free: Iterable[int], reason: str) -> list[Factor]:
     """Factors that never leave, for the axes of a shape that are not among the free ones."""
     done = set(free)

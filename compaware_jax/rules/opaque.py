@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from compaware_jax.factors import Ledger, Tracked
 from compaware_jax.placement import dividing
 from compaware_jax.program import Equation
-from compaware_jax.rules.families import bind, fixed_elsewhere, passed
+from compaware_jax.rules.families import bind, filled_up, fixed_elsewhere, mixed, passed
 from compaware_jax.rules.registry import Kept, Small, primitives_of, register_rule
 
 # --- random bits: drawn at full width, cut where they are used ----------------------------------------
@@ -97,10 +97,16 @@ for primitive in (
 def _couple_fft(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
     (x,), shape = inputs, eqn.out_shapes[0]
     batch = len(shape) - len(eqn.params["fft_lengths"])
-    reason = f"transformed by {eqn.where}"
-    factors = passed(ledger, x, {a: a for a in range(batch)}, reason)
-    factors += fixed_elsewhere(ledger, shape, range(batch), reason)
+    reason, free = f"transformed by {eqn.where}", mixed(ledger, x, range(batch))
+    factors = passed(ledger, x, {a: a for a in range(batch)}, reason, free)
+    factors += fixed_elsewhere(ledger, shape, {*range(batch), *(a for f in free for a in f.axes)}, reason)
     return [Tracked(shape, tuple(factors))]
 
 
-register_rule(p.fft_p, _couple_fft, _slim_whole)
+def _slim_fft(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
+    rank, transformed = len(eqn.in_shapes[0]), len(eqn.params["fft_lengths"])
+    x = filled_up(operands[0], range(rank - transformed, rank), eqn.in_shapes[0])
+    return None if x is None else bind(eqn, [x.array])
+
+
+register_rule(p.fft_p, _couple_fft, _slim_fft)

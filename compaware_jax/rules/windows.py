@@ -11,7 +11,7 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
-from compaware_jax.rules.families import bind, cut, fixed_elsewhere, passed
+from compaware_jax.rules.families import bind, cut, filled_up, fixed_elsewhere, mixed, passed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
 # --- windows ------------------------------------------------------------------------------------------
@@ -57,7 +57,13 @@ def windowed(primitive: Primitive, *, zeros: bool, padded: bool = True) -> None:
     def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
         trivial = _trivial_axes(eqn)
         reason = f"a window runs over it in {eqn.where}"
-        parts = [tuple(passed(ledger, x, {a: a for a in trivial}, reason)) for x in inputs if x.shape]
+        over = [x for x in inputs if x.shape]
+        free = [mixed(ledger, x, trivial) for x in over]
+        parts = [
+            tuple(passed(ledger, x, {a: a for a in trivial}, reason, leave))
+            for x, leave in zip(over, free, strict=True)
+        ]
+        untracked = {a for factors in free for f in factors for a in f.axes}
         stays = zeros and (padded or _is_always_on_data(eqn))
         factors = [
             Factor(axes, ids, stays and all(bool(flag) for flag in flags))
@@ -65,14 +71,21 @@ def windowed(primitive: Primitive, *, zeros: bool, padded: bool = True) -> None:
         ]
         outputs = []
         for shape in eqn.out_shapes:
-            fixed = fixed_elsewhere(ledger, shape, trivial, reason)
+            fixed = fixed_elsewhere(ledger, shape, {*trivial, *untracked}, reason)
             outputs.append(Tracked(shape, (*factors, *fixed)))
         return outputs
 
     def slim(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
         trivial = _trivial_axes(eqn)
         target = tuple(index if a in trivial else None for a, index in enumerate(kept[0]))
-        return bind(eqn, [cut(x, target) if x.array.ndim else x.array for x in operands])
+        over = [a for a in range(len(target)) if a not in trivial]
+        arrays = []
+        for x, shape in zip(operands, eqn.in_shapes, strict=True):
+            whole = filled_up(x, over, shape) if shape else x
+            if whole is None:
+                return None
+            arrays.append(cut(whole, target) if shape else x.array)
+        return bind(eqn, arrays)
 
     register_rule(primitive, couple, slim)
 

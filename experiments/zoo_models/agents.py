@@ -1,4 +1,4 @@
-"""Agents: brax's policies, values and critics as they come, and TD-MPC2's world model in Flax Linen."""
+"""Agents: brax's policies, values and critics as they come; two world models in Flax Linen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from brax.training.acme import running_statistics, specs
 from brax.training.agents.ppo import networks as ppo
 from brax.training.agents.sac import networks as sac
 
-from .builders import BATCH, floats, linen
+from .builders import BATCH, abstract_key, floats, linen
 from .entry import Entry, Model
 
 ANT = (27, 8)
@@ -128,6 +128,66 @@ class WorldModel(nn.Module):
         return {"rewards": jnp.stack(rewards), "values": jnp.stack(values), "policies": jnp.stack(policies)}
 
 
+class RecurrentStateCell(nn.Module):
+    """One step of DreamerV3's recurrent state-space model: a gated state and categorical latents."""
+
+    state: int
+    hidden: int
+    latents: int
+    classes: int
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[jax.Array, jax.Array, jax.Array], now: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+        """The next state, sample and key; state and sample as features of the heads."""
+        (state, sample, key), (embedded, action) = carry, now
+        x = nn.silu(nn.RMSNorm()(nn.Dense(self.hidden)(jnp.concatenate([sample, action], -1))))
+        parts = nn.LayerNorm()(nn.Dense(3 * self.state, use_bias=False)(jnp.concatenate([x, state], -1)))
+        reset, candidate, update = jnp.split(parts, 3, -1)
+        candidate = jnp.tanh(nn.sigmoid(reset) * candidate)
+        update = nn.sigmoid(update - 1)
+        state = update * candidate + (1 - update) * state
+        x = nn.silu(nn.RMSNorm()(nn.Dense(self.hidden)(jnp.concatenate([state, embedded], -1))))
+        logits = nn.Dense(self.latents * self.classes)(x).reshape(-1, self.latents, self.classes)
+        chances = 0.99 * nn.softmax(logits) + 0.01 / self.classes
+        key, draw = jax.random.split(key)
+        drawn = jax.nn.one_hot(jax.random.categorical(draw, jnp.log(chances)), self.classes)
+        sample = drawn + chances - jax.lax.stop_gradient(chances)
+        sample = sample.reshape(*sample.shape[:-2], -1)
+        return (state, sample, key), jnp.concatenate([state, sample], -1)
+
+
+class Dreamer(nn.Module):
+    """The world model of DreamerV3 (Hafner et al. 2023), on vectors, along a sequence."""
+
+    state: int = 512
+    hidden: int = 256
+    latents: int = 32
+    classes: int = 32
+
+    @nn.compact
+    def __call__(self, observations: jax.Array, actions: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
+        """Observations and rewards told again, and whether it goes on; inputs are (time, batch, features)."""
+
+        def head(x: jax.Array, out: int) -> jax.Array:
+            return nn.Dense(out)(nn.silu(nn.RMSNorm()(nn.Dense(self.hidden)(x))))
+
+        embedded = nn.silu(
+            nn.RMSNorm()(nn.Dense(self.hidden)(jnp.sign(observations) * jnp.log1p(abs(observations))))
+        )
+        cell = nn.scan(RecurrentStateCell, variable_broadcast="params", split_rngs={"params": False})
+        batch, latents = observations.shape[1], self.latents * self.classes
+        start = jnp.zeros((batch, self.state)), jnp.zeros((batch, latents)), key
+        step = cell(self.state, self.hidden, self.latents, self.classes)
+        _, features = step(start, (embedded, actions))
+        return {
+            "observations": head(features, observations.shape[-1]),
+            "rewards": two_hot_inverse(head(features, 255)),
+            "goes on": nn.sigmoid(head(features, 1)),
+        }
+
+
 ENTRIES: tuple[Entry, ...] = (
     Entry(
         "PPO policy and value",
@@ -150,5 +210,13 @@ ENTRIES: tuple[Entry, ...] = (
         256 + 512 // 8 + 4 * 2 * 512 + 5 + 2 * 101,
         "encoder 256; 64 simplices of 8 latent channels; dynamics, reward, policy, critics (each across the "
         "ensemble) 2 × 512; 5 critics, of which the least counts; 2 × 101 bins, summed to scalars",
+    ),
+    Entry(
+        "DreamerV3 world model",
+        "own, Flax Linen, Ant sizes",
+        linen(Dreamer(), floats(3, BATCH, ANT[0]), floats(3, BATCH, ANT[1]), abstract_key()),
+        256 + (512 + 32 + 2 * 256) + 3 * 256 + 255,
+        "encoder 256; state 512, 32 latents of 32 classes each, two inner widths of 256; three heads of 256; "
+        "255 bins, summed to a scalar",
     ),
 )

@@ -36,6 +36,7 @@ from .convolutional_linen import (
     VGG16,
     VGG_16,
     WIDTHS_18,
+    AlexNet,
     DenseNet121,
     GroupNormResNet18,
     InvertedResidualNet,
@@ -286,6 +287,13 @@ ENTRIES: tuple[Entry, ...] = (
         linen(VGG16(), _images(64)),
         sum(sum(widths) for widths in VGG_16) + 2 * 4096,
         "13 convolutions (4,224) + two dense layers of 4,096; a channel takes its flattened rows along",
+    ),
+    Entry(
+        "AlexNet",
+        "Flax Linen, as in Krizhevsky et al.",
+        linen(AlexNet(), _images(99)),
+        (96 + 256 + 384 + 384 + 256) // 2 + 2 * 4096,
+        "all five convolutions are in two groups or feed one that is: the same position in both; 2 × 4,096",
     ),
     Entry(
         "EDSR baseline ×4",

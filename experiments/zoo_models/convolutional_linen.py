@@ -321,6 +321,32 @@ class VGG16(nn.Module):
         return nn.Dense(CLASSES)(x)
 
 
+def response_norm(x: jax.Array) -> jax.Array:
+    """Local response normalization: by the squares of five neighbouring channels."""
+    window, ones = (1, 1, 1, 5), (1, 1, 1, 1)
+    near = jax.lax.reduce_window(x**2, 0.0, jax.lax.add, window, ones, "SAME")
+    return x / (2 + 1e-4 * near) ** 0.75
+
+
+class AlexNet(nn.Module):
+    """AlexNet, with its convolutions in two groups and its local response normalization."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def pool(x: jax.Array) -> jax.Array:
+            return nn.max_pool(x, (3, 3), strides=(2, 2))
+
+        x = pool(response_norm(nn.relu(nn.Conv(96, (11, 11), 4, padding="VALID")(x))))
+        x = pool(response_norm(nn.relu(nn.Conv(256, (5, 5), feature_group_count=2)(x))))
+        x = nn.relu(nn.Conv(384, (3, 3))(x))
+        x = nn.relu(nn.Conv(384, (3, 3), feature_group_count=2)(x))
+        x = pool(nn.relu(nn.Conv(256, (3, 3), feature_group_count=2)(x)))
+        x = x.reshape(x.shape[0], -1)
+        for width in (4096, 4096):
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(CLASSES)(x)
+
+
 class EDSR(nn.Module):
     """EDSR's baseline for a factor of 4: 16 residual blocks of 64 channels, two pixel shuffles."""
 

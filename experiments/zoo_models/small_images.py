@@ -155,6 +155,26 @@ class Inception(nnx.Module):
         return self.head(nnx.relu(jnp.concatenate(branches, -1)).mean((1, 2)))
 
 
+class ChannelAttention(eqx.Module):
+    """Efficient channel attention (Wang et al. 2020): a gate by a convolution along the channels."""
+
+    stem: eqx.nn.Conv2d
+    near: eqx.nn.Conv1d
+    head: eqx.nn.Linear
+
+    def __init__(self, key: jax.Array):
+        keys = jax.random.split(key, 3)
+        self.stem = eqx.nn.Conv2d(3, 12, 3, padding=1, key=keys[0])
+        self.near = eqx.nn.Conv1d(1, 1, 3, padding=1, use_bias=False, key=keys[1])
+        self.head = eqx.nn.Linear(12, 3, key=keys[2])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits of a CHW image."""
+        x = jax.nn.relu(self.stem(x))
+        gate = jax.nn.sigmoid(self.near(x.mean((1, 2))[None])[0])
+        return self.head((x * gate[:, None, None]).mean((1, 2)))
+
+
 class SqueezeExcite(eqx.Module):
     """A squeeze-and-excitation gate on depthwise-separable convolutions."""
 

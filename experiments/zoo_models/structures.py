@@ -27,6 +27,7 @@ from .small_dense import (
 )
 from .small_images import (
     C2f,
+    ChannelAttention,
     Flattened,
     Inception,
     MultipleInputs,
@@ -229,6 +230,13 @@ ENTRIES: tuple[Entry, ...] = (
         "12 with the depthwise kernel and the gate; squeeze 4; pointwise 8",
     ),
     Entry(
+        "Efficient channel attention",
+        "own, Equinox",
+        equinox(lambda: ChannelAttention(KEY(0)), floats(BATCH, 3, 6, 6)),
+        12,
+        "12; the kernel that slides along them sees zeros where something left",
+    ),
+    Entry(
         "Sub-pixel convolution",
         "own, Flax Linen",
         linen(SubPixel(), floats(BATCH, 6, 6, 3)),
@@ -281,7 +289,7 @@ ENTRIES: tuple[Entry, ...] = (
         "Fourier mixing",
         "own, Flax Linen: an FNet block",
         linen(Fourier(), floats(BATCH, 6, 5)),
-        24,
-        "inner 24; every channel of the stream reaches every other by the transform",
+        16 + 24,
+        "stream 16, of which the transform sees zeros where something left; inner 24",
     ),
 )
