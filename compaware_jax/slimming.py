@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import primitives as p
 
 from compaware_jax.analysis import Analysis
@@ -262,12 +263,37 @@ class _Run:
             full = [scatter(x, index, shape) for x, (index, shape) in small]
             return [take(x, index) for x, index in zip(eqn.run(*full), kept, strict=True)]
 
-        call.defvjp(partial(jax.vjp, un_cut), lambda pull, cotangents: pull(cotangents))
+        call.defvjp(partial(_forward, un_cut), _backward, symbolic_zeros=True)
         try:
             jax.eval_shape(call, *arrays)
         except _OutOfReachError:
             return None
         return call(*arrays)
+
+
+def _forward(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Any]:
+    """Results, and what `_backward` needs, with the derivatives of those inputs alone that are asked for.
+
+    A rule may refuse to be differentiated for the others.
+    """
+    asked = [(x.value,) if x.perturbed else () for x in inputs]
+
+    def of_asked(asked: list[Any]) -> Any:
+        return function(*(mine[0] if mine else x.value for mine, x in zip(asked, inputs, strict=True)))
+
+    return jax.vjp(of_asked, asked)
+
+
+def _backward(pull: Callable[..., Any], cotangents: Sequence[Any]) -> tuple[Any, ...]:
+    (asked,) = pull([_instantiated(x) for x in cotangents])
+    return tuple(mine[0] if mine else None for mine in asked)
+
+
+def _instantiated(cotangent: Any) -> Any:
+    if not isinstance(cotangent, SymbolicZero):
+        return cotangent
+    zeros = np.zeros if cotangent.dtype == jax.dtypes.float0 else jnp.zeros
+    return zeros(cotangent.shape, cotangent.dtype)
 
 
 def _spread(array: jax.Array, kept: Kept, shape: tuple[int, ...]) -> jax.Array:

@@ -198,6 +198,45 @@ def test_backward_pass_of_its_own_that_closes_over_arrays():
     assert max(law_errors(apply, VARIABLES, X, keep=KEEP, groups=groups)) <= 1e-10
 
 
+def test_backward_pass_that_refuses_to_be_asked_for_data():
+    """What is data stays data: the rule is asked for the derivatives of the rest alone."""
+
+    @jax.custom_vjp
+    def gated(h, gate):
+        return h * gate
+
+    def forward(h, gate):
+        assert not gate.perturbed
+        return h.value * gate.value, gate.value
+
+    gated.defvjp(forward, lambda gate, g: (2 * g * gate, None), symbolic_zeros=True)
+
+    def apply(v, x):
+        h = gated(jnp.tanh(x @ v["a"]), jnp.cos(x[:, :1]))
+        return h @ v["b"], gated(h, jnp.ones((1, 6))).sum(1)
+
+    groups = ca.find_groups(apply, VARIABLES, X)
+    assert groups.units == 6
+    assert max(law_errors(apply, VARIABLES, X, keep=KEEP, groups=groups)) <= 1e-10
+
+
+def test_what_is_shown_on_the_way_keeps_nothing_whole(capsys):
+    seen = []
+
+    def apply(v, x):
+        h = x @ v["a"]
+        jax.debug.callback(lambda h: seen.append(h.shape), h)
+        jax.debug.print("{h}", h=h[0])
+        return h @ v["b"]
+
+    groups = ca.find_groups(apply, VARIABLES, X, strict=True)
+    plan = ca.plan_units(groups, KEEP)
+    jax.jit(ca.slim(apply, plan))(ca.shrink(VARIABLES, plan), X)
+    jax.effects_barrier()
+    assert seen == [(4, 4)]
+    assert len(capsys.readouterr().out.strip("[] \n").split()) == 4
+
+
 @pytest.mark.parametrize(("heads", "channels"), [(4, 3), (2, 5)])
 def test_heads_with_a_norm_of_their_own(heads, channels):
     """Queries and keys are normalised head by head: whole heads leave, or the same channels of all."""

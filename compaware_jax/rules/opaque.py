@@ -1,4 +1,4 @@
-"""What is drawn at random, handed on, or computed from whole matrices."""
+"""What is drawn at random, handed on, shown on the way, or computed from whole matrices."""
 
 from __future__ import annotations
 
@@ -74,6 +74,22 @@ def _slim_reshard(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
 
 for primitive in primitives_of(_resharded, jax.ShapeDtypeStruct((2,), "float32")):
     register_rule(primitive, _couple_same, _slim_reshard)
+
+
+# --- shown: the small function shows what it computes --------------------------------------------------
+
+
+def _couple_shown(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    return []
+
+
+def _shows(x: jax.Array) -> None:
+    jax.debug.print("{}", x)
+    jax.debug.callback(print, x)
+
+
+for primitive in primitives_of(_shows, jax.ShapeDtypeStruct((2,), "float32")):
+    register_rule(primitive, _couple_shown, _slim_whole)
 
 
 # --- whole matrices -----------------------------------------------------------------------------------
