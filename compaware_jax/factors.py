@@ -205,8 +205,9 @@ class Ledger:
             a, b = (x[differs] for x in np.broadcast_arrays(a, b))
             self._edges.append((a, b))
             # One fixes the other. What fixes either of them later is not followed.
-            self._flags[a] |= self._flags[b]
-            self._flags[b] |= self._flags[a]
+            fixed = self._flags[a] | self._flags[b]
+            if fixed.any():
+                self._flags[a[fixed]] = self._flags[b[fixed]] = True
 
     def collapse(self, factor: Factor, axes: Sequence[int]) -> Factor:
         """Make a factor depend on `axes` only, uniting its atoms along its other axes."""

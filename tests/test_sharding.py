@@ -231,3 +231,23 @@ def test_called_in_another_context(explicit_mesh, weights):
     for context in contexts:
         with context():
             np.testing.assert_allclose(small_apply(small, x), noisy(masked, x), rtol=1e-4, atol=1e-5)
+
+
+def test_shuffled_and_transformed_channels_of_a_sharded_batch(mesh):
+    """What stays whole between reshapes, and what is filled up for a transform, keep the batch's sharding."""
+
+    def shuffling(variables, x):
+        h = x @ variables["first"]["w"] + variables["first"]["b"]
+        h = h.reshape(-1, 2, WIDTH // 2).swapaxes(1, 2).reshape(-1, WIDTH)
+        return (h + jnp.fft.fft(h).real) @ variables["second"]["w"]
+
+    variables = drawn()
+    variables = sharded(variables, mesh, jax.tree.map(lambda _: P(), variables))
+    x = images(P("devices"), mesh)
+    groups = ca.find_groups(shuffling, variables, x)
+    assert groups.units == WIDTH
+    plan = ca.plan_units(groups, np.arange(WIDTH) % 3 != 1)
+    small = ca.slim(shuffling, plan)(ca.shrink(variables, plan), x)
+    expected = shuffling(ca.expand(ca.shrink(variables, plan), plan), x)
+    assert small.sharding.is_equivalent_to(expected.sharding, 2)
+    np.testing.assert_allclose(small, expected, rtol=1e-5, atol=1e-5)
