@@ -37,6 +37,7 @@ class Analysis:
     boundary: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     _labels: dict[int, tuple[np.ndarray | None, ...]] = field(default_factory=dict)
     _along: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
+    _alike: dict[bytes, np.ndarray] = field(default_factory=dict)
 
     @cached_property
     def free(self) -> np.ndarray:
@@ -69,14 +70,14 @@ class Analysis:
         )
 
     def labels(self, value: int) -> tuple[np.ndarray | None, ...]:
-        """Per axis of a value the class of each index (-1: fixed), or None where nothing is tracked."""
+        """Per axis of a value the class of each index (-1: fixed), or None where nothing is tracked.
+
+        Axes with the same classes share one array.
+        """
         if value not in self._labels:
             result: list[np.ndarray | None] = [None] * len(self.program.avals[value].shape)
             for factor in () if value in self.ragged else self.factors.get(value, ()):
-                # Element-wise operations hand on the very array: many values share it.
-                if id(factor.ids) not in self._along:
-                    self._along[id(factor.ids)] = self._line(factor.ids)
-                position, labels = self._along[id(factor.ids)]
+                position, labels = self._line(factor.ids)
                 result[factor.axes[position]] = labels
             self._labels[value] = tuple(result)
         return self._labels[value]
@@ -86,9 +87,8 @@ class Analysis:
         # Many values share the very array of atoms.
         ragged = self.ragged
         tracked = (factors for value, factors in self.factors.items() if value not in ragged)
-        distinct = {id(f.ids): f.ids for factors in tracked for f in factors}
-        lines = (self._line(ids)[1] for ids in distinct.values())
-        return list({labels.tobytes(): labels for labels in lines}.values())
+        lines = (self._line(f.ids)[1] for factors in tracked for f in factors)
+        return list({id(labels): labels for labels in lines}.values())
 
     def factor(self, value: int, axis: int) -> Factor:
         """The factor that covers an axis of a value that has labels there."""
@@ -143,12 +143,15 @@ class Analysis:
 
     def _line(self, ids: np.ndarray) -> tuple[int, np.ndarray]:
         """The position of the one axis of a factor that its classes depend on, and the classes along it."""
-        labels = self._open[ids]
-        if labels.ndim == 1:
-            return 0, labels
-        varying = self._varying(ids)
-        position = varying[0] if varying else labels.ndim - 1
-        return position, labels[tuple(slice(None) if p == position else 0 for p in range(labels.ndim))]
+        # Element-wise operations hand on the very array of atoms: many values share it.
+        if id(ids) not in self._along:
+            position, labels = 0, self._open[ids]
+            if labels.ndim > 1:
+                varying = self._varying(ids)
+                position = varying[0] if varying else labels.ndim - 1
+                labels = labels[tuple(slice(None) if p == position else 0 for p in range(labels.ndim))]
+            self._along[id(ids)] = position, self._alike.setdefault(labels.tobytes(), labels)
+        return self._along[id(ids)]
 
     def _varying(self, ids: np.ndarray) -> list[int]:
         """The axes of a factor that its classes depend on."""

@@ -229,19 +229,27 @@ def _signatures(
     An index that only its own leaf knows of is not one of them: a row of a position table that this
     input is too short to read may be read by the next.
     """
-    labels, number = _joined(appearances)
-    place = np.flatnonzero(labels >= 0)
-    labels, number = labels[place], number[place]
     # A random word per axis, once for every index: a multiset hash, modulo 2^64.
     words = np.random.default_rng(0).integers(1, 2**63, len(appearances), np.uint64) | np.uint64(1)
+    starts = np.cumsum([0, *map(len, appearances)])
+    # Many axes share their array of classes: what they share is said once, of all of them.
+    alike: dict[int, list[int]] = {}
+    for number, labels in enumerate(appearances):
+        alike.setdefault(id(labels), []).append(number)
+    labels, which = _joined([appearances[numbers[0]] for numbers in alike.values()])
+    word = np.array([words[numbers].sum() for numbers in alike.values()], np.uint64)
+    earliest, latest = (np.array([numbers[end] for numbers in alike.values()], int) for end in (0, -1))
+    index = np.arange(len(labels)) - np.searchsorted(which, which)
+    known = labels >= 0
+    labels, which, index = labels[known], which[known], index[known]
     signature = np.zeros(count, np.uint64)
-    np.add.at(signature, labels, words[number])
+    np.add.at(signature, labels, word[which])
     never = np.iinfo(np.int64).max
     first, first_axis, last_axis = np.full(count, never), np.full(count, never), np.full(count, -1)
-    on_leaf = number < on_leaves
-    np.minimum.at(first, labels[on_leaf], place[on_leaf])
-    np.minimum.at(first_axis, labels, number)
-    np.maximum.at(last_axis, labels, number)
+    on_leaf = earliest[which] < on_leaves
+    np.minimum.at(first, labels[on_leaf], (starts[earliest[which]] + index)[on_leaf])
+    np.minimum.at(first_axis, labels, earliest[which])
+    np.maximum.at(last_axis, labels, latest[which])
     return np.flatnonzero(free & (first < never) & (first_axis < last_axis)), first, signature
 
 
@@ -272,20 +280,15 @@ def _describe(
     axes: list[list[tuple[str, int, int]]] = [[] for _ in sizes]
     parameters = np.zeros(len(sizes), int)
     spans = [(position, axis) for position in order for axis in range(len(units_of[position]))]
-    units, number = _joined([units_of[position][axis] for position, axis in spans])
-    number, group = number[units >= 0], np.repeat(np.arange(len(sizes)), sizes)[units[units >= 0]]
-    # Neighbours mostly belong together: to sort runs is quicker than to sort indices.
-    pair = number * len(sizes) + group
-    start = np.flatnonzero(np.diff(pair, prepend=-1))
-    pairs, which = np.unique(pair[start], return_inverse=True)
-    indices = np.bincount(which, np.diff(start, append=len(pair))).astype(int)
+    distinct = {id(units): units for position, axis in spans for units in (units_of[position][axis],)}
+    counted = dict(zip(distinct, _count(list(distinct.values()), sizes), strict=True))
     held: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for pair, count in zip(pairs.tolist(), indices.tolist(), strict=True):
-        (position, axis), group = spans[pair // len(sizes)], pair % len(sizes)
-        # Units of a group are interchangeable: each holds as many indices as the others.
-        times = count // int(sizes[group])
-        axes[group].append((leaves[position].path, axis, times))
-        held.setdefault((position, group), []).append((axis, times))
+    for position, axis in spans:
+        for group, count in counted[id(units_of[position][axis])]:
+            # Units of a group are interchangeable: each holds as many indices as the others.
+            times = count // int(sizes[group])
+            axes[group].append((leaves[position].path, axis, times))
+            held.setdefault((position, group), []).append((axis, times))
     for (position, group), along in held.items():
         shape = leaves[position].shape
         size = rest = math.prod(shape)
@@ -305,6 +308,21 @@ def _describe(
         )
         for g in range(len(sizes))
     )
+
+
+def _count(arrays: list[np.ndarray], sizes: np.ndarray) -> list[list[tuple[int, int]]]:
+    """Per array of units the groups that it holds, and how many indices of each."""
+    units, number = _joined(arrays)
+    number, group = number[units >= 0], np.repeat(np.arange(len(sizes)), sizes)[units[units >= 0]]
+    # Neighbours mostly belong together: to sort runs is quicker than to sort indices.
+    pair = number * len(sizes) + group
+    start = np.flatnonzero(np.diff(pair, prepend=-1))
+    pairs, which = np.unique(pair[start], return_inverse=True)
+    indices = np.bincount(which, np.diff(start, append=len(pair))).astype(int)
+    result: list[list[tuple[int, int]]] = [[] for _ in arrays]
+    for pair, count in zip(pairs.tolist(), indices.tolist(), strict=True):
+        result[pair // len(sizes)].append((pair % len(sizes), count))
+    return result
 
 
 def _names(first_axes: list[tuple[str, int, int]]) -> list[str]:

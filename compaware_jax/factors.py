@@ -141,6 +141,8 @@ class Ledger:
     loose: Mapping[Any, Sequence[LooseEnd]] = field(default_factory=dict)
     loosened: list[Loosened] = field(default_factory=list)
     met: set[Choice] = field(default_factory=set)
+    _runs: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
+    _same_runs: list[tuple[int, int]] = field(default_factory=list)
     _edges: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     _fixed: list[tuple[np.ndarray, str]] = field(default_factory=list)
     _inexact: list[tuple[np.ndarray, str]] = field(default_factory=list)
@@ -161,7 +163,10 @@ class Ledger:
         if self.size > len(self._flags):
             self._flags = np.concatenate([self._flags, np.zeros(self.size, bool)])
             self._doubted = np.concatenate([self._doubted, np.zeros(self.size, bool)])
-        return np.arange(start, self.size).reshape(shape)
+        ids = np.arange(start, self.size).reshape(shape)
+        # Known by its identity, so it is kept.
+        self._runs[id(ids)] = start, ids
+        return ids
 
     def fix(self, ids: np.ndarray, reason: str) -> None:
         """Say that atoms never leave, and why."""
@@ -200,6 +205,10 @@ class Ledger:
         """Say that atoms leave together, position by position (arrays broadcast)."""
         if a is b:
             return
+        if a.shape == b.shape and id(a) in self._runs and id(b) in self._runs:
+            # Nearly always one whole axis with another, as they were handed out: no need to look inside.
+            self._same_run(self._runs[id(a)][0], self._runs[id(b)][0], a.size)
+            return
         differs = a != b
         if differs.any():
             a, b = (x[differs] for x in np.broadcast_arrays(a, b))
@@ -208,6 +217,12 @@ class Ledger:
             fixed = self._flags[a] | self._flags[b]
             if fixed.any():
                 self._flags[a[fixed]] = self._flags[b[fixed]] = True
+
+    def _same_run(self, a: int, b: int, size: int) -> None:
+        self._same_runs.append((a, b))
+        left, right = self._flags[a : a + size], self._flags[b : b + size]
+        left |= right
+        right |= left
 
     def collapse(self, factor: Factor, axes: Sequence[int]) -> Factor:
         """Make a factor depend on `axes` only, uniting its atoms along its other axes."""
@@ -224,19 +239,38 @@ class Ledger:
 
     def solve(self) -> Solution:
         """Classes of atoms under the equalities collected so far."""
-        if self._edges:
-            a = np.concatenate([edge[0] for edge in self._edges])
-            b = np.concatenate([edge[1] for edge in self._edges])
-        else:
-            a = b = np.zeros(0, int)
-        graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(self.size, self.size))
+        names = self._names()
+        node_of = (np.cumsum(names == np.arange(self.size)) - 1)[names]
+        nodes = int(node_of.max(initial=-1)) + 1
+        empty = [(np.zeros(0, int),) * 2]
+        a, b = (node_of[np.concatenate(ends)] for ends in zip(*(self._edges or empty), strict=True))
+        graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(nodes, nodes))
         count, labels = connected_components(graph, directed=False)
+        labels = labels[node_of]
         return Solution(
             labels=labels,
             count=count,
             fixed=_first_reasons(self._fixed, labels),
             inexact=_first_reasons(self._inexact, labels),
         )
+
+    def _names(self) -> np.ndarray:
+        """Per atom the first one that it is the same as by whole runs."""
+        first: dict[int, int] = {}
+
+        def root(start: int) -> int:
+            while (above := first.get(start, start)) != start:
+                first[start] = first.get(above, above)
+                start = above
+            return start
+
+        for a, b in self._same_runs:
+            a, b = root(a), root(b)
+            first[max(a, b)] = min(a, b)
+        names, sizes = np.arange(self.size), {start: ids.size for start, ids in self._runs.values()}
+        for start in first:
+            names[start : start + sizes[start]] = names[root(start) : root(start) + sizes[start]]
+        return names
 
 
 def _first_reasons(marks: list[tuple[np.ndarray, str]], labels: np.ndarray) -> dict[int, str]:

@@ -223,6 +223,9 @@ def freed(
     result = []
     for factor in factors:
         single = [pos for pos, axis in enumerate(factor.axes) if shape[axis] == 1]
+        if not single:
+            result.append(factor)
+            continue
         if len(single) == len(factor.axes):
             ledger.fix(factor.ids, f"a single one of them is selected by {eqn.where}")
             continue
