@@ -232,8 +232,9 @@ class _Flattener:
     def is_nothing(self, value: int) -> bool:
         """Whether an array has no elements, whatever its inputs are."""
         aval = self.avals[value]
-        plain = not jnp.issubdtype(aval.dtype, jax.dtypes.extended) and explicit(aval.sharding) is None
-        return plain and 0 in aval.shape
+        if 0 not in aval.shape:
+            return False
+        return not jnp.issubdtype(aval.dtype, jax.dtypes.extended) and explicit(aval.sharding) is None
 
     def fold(self, eqn: Equation) -> bool:
         """Evaluate an equation of constants alone, where its results are positions, flags or scalars.

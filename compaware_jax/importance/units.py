@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -56,14 +57,15 @@ def sums_over_units(groups: Groups, tree: Any, of: Callable[[Any], Any]) -> np.n
 
 
 def _device_sums(leaf: Any, wanted: Sequence[int], of: Callable[[Any], Any]) -> list[Any]:
-    values = of(jnp.asarray(leaf, _wide(leaf)))
+    values = of(jnp.asarray(leaf, _wide(leaf.dtype)))
     sums = (values.sum(tuple(a for a in range(leaf.ndim) if a != axis)) for axis in wanted)
     return [replicated(x) for x in sums]
 
 
-def _wide(leaf: Any) -> Any:
+@cache
+def _wide(dtype: Any) -> Any:
     # Sums of narrow floats lose what they add; float32 at least.
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 # So many elements at a time stay in the cache.
@@ -74,7 +76,7 @@ def _host_sums(leaf: Any, wanted: Sequence[int], of: Callable[[Any], Any]) -> li
     """Sums over all axes but one, for each of the wanted ones, in one pass over the array."""
     if not wanted:
         return []
-    array, dtype = np.asarray(leaf), _wide(leaf)
+    array, dtype = np.asarray(leaf), _wide(leaf.dtype)
     shape = array.shape
     if len(shape) == 1:
         return [of(np.asarray(array, dtype))]

@@ -102,9 +102,9 @@ ENTRIES: tuple[Entry, ...] = (
         "DiT-S/2",
         "own, Flax Linen, as in Peebles and Xie",
         linen(_DIT, floats(BATCH, 8, 8, 4), floats(BATCH), random_tokens(BATCH, vocabulary=1000)),
-        3 * 384 + 12 * (6 + 2 * 64 + 4 * 384),
-        "stream 384, condition 384, hidden 384 of the time; per block 6 heads, 64 channels of queries and "
-        "keys, 64 of values, 1,536",
+        3 * 384 + 2 * 128 + 12 * (6 + 2 * 64 + 4 * 384),
+        "stream 384, condition 384, hidden 384 of the time and the 256 waves that it reads; per block 6 "
+        "heads, 64 channels of queries and keys, 64 of values, 1,536",
     ),
     Entry(
         "Neural ODE",
