@@ -13,6 +13,7 @@ from jax.extend.core import primitives as p
 from compaware_jax.analysis import Analysis
 from compaware_jax.errors import TraceError
 from compaware_jax.factors import Cuts
+from compaware_jax.garbage import uncollected
 from compaware_jax.groups import COLLECTIONS, FixedAxis, Group, Groups, Leaf, default_component, leaves_of
 from compaware_jax.program import Program
 from compaware_jax.propagate import analyse
@@ -20,6 +21,7 @@ from compaware_jax.trace import trace
 from compaware_jax.work import work_of
 
 
+@uncollected()
 def find_groups(
     apply: Callable[..., Any],
     variables: Any,

@@ -292,8 +292,8 @@ def _backward(pull: Callable[..., Any], cotangents: Sequence[Any]) -> tuple[Any,
 def _instantiated(cotangent: Any) -> Any:
     if not isinstance(cotangent, SymbolicZero):
         return cotangent
-    zeros = np.zeros if cotangent.dtype == jax.dtypes.float0 else jnp.zeros
-    return zeros(cotangent.shape, cotangent.dtype)
+    aval: Any = cotangent.aval
+    return (np.zeros if aval.dtype == jax.dtypes.float0 else jnp.zeros)(aval.shape, aval.dtype)
 
 
 def _spread(array: jax.Array, kept: Kept, shape: tuple[int, ...]) -> jax.Array:

@@ -15,6 +15,7 @@ import numpy as np
 from compaware_jax.analysis import Analysis
 from compaware_jax.cost import COSTS, Budget, flop_cost
 from compaware_jax.errors import PlanError
+from compaware_jax.garbage import uncollected
 from compaware_jax.groups import Groups
 from compaware_jax.paths import named_leaves
 from compaware_jax.placement import sharding_in_type, struct_of
@@ -107,6 +108,7 @@ def _outputs(analysis: Analysis, alive: np.ndarray, plan: Plan, *inputs: jax.Arr
     return _run(analysis, alive, plan, list(inputs))[0]
 
 
+@uncollected()
 def _analysed(
     apply: Callable[..., Any], full: Any, plan: Plan, released: Sequence[str], *args: Any, **kwargs: Any
 ) -> tuple[Analysis, np.ndarray]:

@@ -1,5 +1,6 @@
 """Groups: exact listings of small models, and what is refused or reported."""
 
+import gc
 import inspect
 import json
 from pathlib import Path
@@ -118,6 +119,31 @@ def test_dead_code_ties_nothing():
     groups = ca.find_groups(apply, variables, np.ones((2, 3)))
     assert groups.unread == ("c",)
     assert [g.axes for g in groups.groups] == [(("a", 1, 1), ("b", 0, 1))]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_again_afterwards(enabled):
+    """The collector is paused while a function is analysed, and then as it was, also after an error."""
+    seen = []
+
+    def function(variables, x):
+        seen.append(gc.isenabled())
+        if x.shape == (2,):
+            raise ValueError("refused")
+        return x @ variables["w"]
+
+    variables = {"w": jnp.ones((3, 2))}
+    was_enabled = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        ca.find_groups(function, variables, jnp.ones(3))
+        assert gc.isenabled() == enabled
+        with pytest.raises(TraceError, match="refused"):
+            ca.find_groups(function, variables, jnp.ones(2))
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
+    assert seen == [False, False]
 
 
 def test_component_names_can_be_given():
