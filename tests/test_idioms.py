@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 import compaware_jax as ca
-from compaware_jax.law import law_errors
+from compaware_jax.law import law_errors, random_keep
 
 pytestmark = pytest.mark.usefixtures("x64")
 RNG = np.random.default_rng(0)
@@ -61,6 +61,10 @@ HIDDEN = {
         h * jax.nn.sigmoid(lax.conv(h[:, None], jnp.array([[[0.3, -1.0, 2.0]]]), (1,), "SAME"))[:, 0]
     ),
     "a transform along the channels": lambda h: h + jnp.fft.fft(jnp.cos(h)).real,
+    "signs, from bits": lambda h: jnp.copysign(1.0, h) * h + jnp.signbit(h) * jnp.sin(h),
+    "bits in pieces": lambda h: (
+        h * lax.bitcast_convert_type(lax.bitcast_convert_type(h, jnp.uint16) // 2, jnp.int64).astype(float)
+    ),
     "truth values": lambda h: jnp.where(h > 0.2, 1.0, 0.0) + h,
 }
 
@@ -384,6 +388,46 @@ def test_activation_of_integers():
     groups = ca.find_groups(apply, variables, X)
     assert groups.units == 6
     assert max(law_errors(apply, variables, X, keep=KEEP, groups=groups)) <= 1e-10
+
+
+def halved(h, w):
+    """Steps until what is left is small: another number of them for every example."""
+
+    def step(state):
+        h, count, key = state
+        key, draw = jax.random.split(key)
+        return 0.8 * h + 0.1 * jnp.tanh(h @ w) + 0.01 * jax.random.normal(draw, h.shape) * h, count + 1, key
+
+    start = h, 0, jax.random.key(0)
+    return lax.while_loop(lambda s: (jnp.abs(s[0]).sum() > 1) & (s[1] < 20), step, start)
+
+
+@pytest.mark.parametrize("of", ["examples", "examples of members", "members"])
+def test_a_loop_of_its_own_length_for_every_example(of):
+    """Under vmap the condition has an axis for them: examples, or members of an ensemble, which may leave."""
+    members = {"w": 0.3 * RNG.normal(size=(3, 6, 6)), "c": RNG.normal(size=(3, 6, 2))}
+
+    def apply(v, x):
+        h = x @ v["a"]
+        if of == "examples":
+            h, counts, _ = jax.vmap(halved, (0, None))(h, v["w"][0])
+            return h @ v["b"], counts + 0.0
+        one = jax.vmap(halved, (0, None)) if of == "examples of members" else halved
+        h, _, _ = jax.vmap(one, (None, 0))(h, v["w"])
+        return jnp.einsum("mbh,mho->bo", h, v["c"])
+
+    variables = {**VARIABLES, **members}
+    _, counts, _ = jax.vmap(halved, (0, None))(X @ VARIABLES["a"], members["w"][0])
+    assert len(set(counts.tolist())) > 1
+    groups = ca.find_groups(apply, variables, X)
+    sizes = {"examples": [6], "examples of members": [6, 3], "members": [6, 3]}[of]
+    assert sorted(g.units for g in groups.groups) == sorted(sizes)
+    rng = np.random.default_rng(1)
+    for _ in range(3):
+        keep = random_keep(groups, rng)
+        error, _ = law_errors(apply, variables, X, keep=keep, groups=groups, gradients=False)
+        assert error <= 1e-10
+        assert not any("while" in e.where for e in ca.uncut(groups, ca.plan_units(groups, keep)))
 
 
 def test_random_key_among_the_variables():

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
-from compaware_jax.rules.families import cut
+from compaware_jax.rules.families import cut, scatter
 from compaware_jax.rules.registry import REGIONS, Kept, Read, RegionRule, RunBody, Small
 
 
@@ -146,8 +147,12 @@ def _couple_while(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked], read
     condition, body = eqn.bodies
 
     def step(carry: list[Tracked]) -> tuple[list[Tracked], None]:
-        read(condition, [*cond_consts, *carry])
-        return read(body, [*body_consts, *carry]), None
+        (goes_on,) = read(condition, [*cond_consts, *carry])
+        after = read(body, [*body_consts, *carry])
+        for x in after:
+            # As `_slim_while` chooses between the two, example by example.
+            combine(ledger, [goes_on.factors, x.factors])
+        return after, None
 
     return _settled(ledger, [_carried(ledger, x) for x in init], step)[0]
 
@@ -158,14 +163,35 @@ def _slim_while(
     cond_consts, body_consts, init = _while_parts(eqn, operands)
     condition, body = eqn.bodies
 
+    # Under vmap there is a condition for each example, along the first axes of all that is carried.
+    examples = eqn.params["cond_jaxpr"].out_avals[0].shape
+    alive = tuple(next((axes[a] for axes in kept if axes[a] is not None), None) for a in range(len(examples)))
+
     def goes_on(carry: list[jax.Array]) -> jax.Array:
-        return run(condition, [*(x.array for x in cond_consts), *carry], [()])[0]
+        return run(condition, [*(x.array for x in cond_consts), *carry], [alive])[0]
 
     def step(carry: list[jax.Array]) -> list[jax.Array]:
-        return run(body, [*(x.array for x in body_consts), *carry], kept)
+        after = run(body, [*(x.array for x in body_consts), *carry], kept)
+        if not examples:
+            return after
+        # The loop runs until the last example is done; those that are stay as they were.
+        more = goes_on(carry)
+        return [
+            _of_examples(scatter(more, _missing(alive, axes), examples), x, before)
+            for x, before, axes in zip(after, carry, kept, strict=True)
+        ]
 
     start = [cut(x, target) for x, target in zip(init, kept, strict=True)]
-    return list(lax.while_loop(goes_on, step, start))
+    return list(lax.while_loop(lambda carry: goes_on(carry).any(), step, start))
+
+
+def _missing(want: Kept, have: Kept) -> Kept:
+    """What is kept of axes that another value has whole."""
+    return tuple(None if mine is not None else index for index, mine in zip(want, have, strict=False))
+
+
+def _of_examples(which: jax.Array, x: jax.Array, otherwise: jax.Array) -> jax.Array:
+    return jnp.where(which.reshape(which.shape + (1,) * (x.ndim - which.ndim)), x, otherwise)
 
 
 # How often a loop runs is not known: its body counts once.

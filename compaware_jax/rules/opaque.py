@@ -76,6 +76,16 @@ for primitive in primitives_of(_resharded, jax.ShapeDtypeStruct((2,), "float32")
     register_rule(primitive, _couple_same, _slim_reshard)
 
 
+def _couple_bits(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    # Numbers of another width have an axis more, or less, for their pieces. The bits of zero are zero.
+    (x,), shape = inputs, eqn.out_shapes[0]
+    same = {a: a for a in range(min(len(x.shape), len(shape)))}
+    return [Tracked(shape, tuple(passed(ledger, x, same, f"pieces of numbers in {eqn.where}")))]
+
+
+register_rule(p.bitcast_convert_type_p, _couple_bits, _slim_whole)
+
+
 # --- shown: the small function shows what it computes --------------------------------------------------
 
 
