@@ -203,7 +203,7 @@ class Ledger:
 
     def equate(self, a: np.ndarray, b: np.ndarray) -> None:
         """Say that atoms leave together, position by position (arrays broadcast)."""
-        if a is b:
+        if a is b or not (a.size and b.size):
             return
         if a.shape == b.shape and id(a) in self._runs and id(b) in self._runs:
             # Nearly always one whole axis with another, as they were handed out: no need to look inside.

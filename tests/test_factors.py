@@ -32,8 +32,12 @@ def test_classes(seed):
     """Whole runs, parts of runs, permutations, one with many: whatever is said, the classes are the same."""
     rng = np.random.default_rng(seed)
     ledger, pairs, marks = Ledger(), Pairs(), []
-    size = int(rng.integers(2, 6))
-    arrays = [ledger.fresh(size) for _ in range(rng.integers(2, 9))]
+    size, arrays, empty = int(rng.integers(2, 6)), [], []
+    for _ in range(rng.integers(2, 9)):
+        # A run of nothing begins where the next one does.
+        empty.append(ledger.fresh(0))
+        arrays.append(ledger.fresh(size))
+    ledger.equate(empty[0], empty[-1])
     for _ in range(rng.integers(1, 12)):
         a, b = (arrays[i] for i in rng.integers(0, len(arrays), 2))
         kind = rng.integers(6)
