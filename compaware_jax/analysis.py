@@ -66,7 +66,7 @@ class Analysis:
             value
             for value, factors in self.factors.items()
             for f in factors
-            if len(f.axes) > 1 and len(self._varying(f.ids)) > 1
+            if len(f.axes) > 1 and len(_varying(self._open[f.ids])) > 1
         )
 
     def labels(self, value: int) -> tuple[np.ndarray | None, ...]:
@@ -84,9 +84,7 @@ class Analysis:
 
     def lines(self) -> list[np.ndarray]:
         """Every distinct array of `labels` of some value's axis."""
-        # Many values share the very array of atoms.
-        ragged = self.ragged
-        tracked = (factors for value, factors in self.factors.items() if value not in ragged)
+        tracked = (factors for value, factors in self.factors.items() if value not in self.ragged)
         lines = (self._line(f.ids)[1] for factors in tracked for f in factors)
         return list({id(labels): labels for labels in lines}.values())
 
@@ -147,16 +145,16 @@ class Analysis:
         if id(ids) not in self._along:
             position, labels = 0, self._open[ids]
             if labels.ndim > 1:
-                varying = self._varying(ids)
+                varying = _varying(labels)
                 position = varying[0] if varying else labels.ndim - 1
                 labels = labels[tuple(slice(None) if p == position else 0 for p in range(labels.ndim))]
             self._along[id(ids)] = position, self._alike.setdefault(labels.tobytes(), labels)
         return self._along[id(ids)]
 
-    def _varying(self, ids: np.ndarray) -> list[int]:
-        """The axes of a factor that its classes depend on."""
-        labels = self._open[ids]
-        return [p for p in range(labels.ndim) if varies(labels, p)]
+
+def _varying(labels: np.ndarray) -> list[int]:
+    """The axes along which labels differ."""
+    return [p for p in range(labels.ndim) if varies(labels, p)]
 
 
 def varies(labels: np.ndarray, position: int) -> bool:

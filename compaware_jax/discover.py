@@ -282,19 +282,20 @@ def _describe(
     axes: list[list[tuple[str, int, int]]] = [[] for _ in sizes]
     parameters = np.zeros(len(sizes), int)
     spans = [(position, axis) for position in order for axis in range(len(units_of[position]))]
-    distinct = {id(units): units for position, axis in spans for units in (units_of[position][axis],)}
+    along = [units_of[position][axis] for position, axis in spans]
+    distinct = {id(units): units for units in along}
     counted = dict(zip(distinct, _count(list(distinct.values()), sizes), strict=True))
     held: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for position, axis in spans:
-        for group, count in counted[id(units_of[position][axis])]:
+    for (position, axis), units in zip(spans, along, strict=True):
+        for group, count in counted[id(units)]:
             # Units of a group are interchangeable: each holds as many indices as the others.
             times = count // int(sizes[group])
             axes[group].append((leaves[position].path, axis, times))
             held.setdefault((position, group), []).append((axis, times))
-    for (position, group), along in held.items():
+    for (position, group), held_axes in held.items():
         shape = leaves[position].shape
         size = rest = math.prod(shape)
-        for axis, times in along:
+        for axis, times in held_axes:
             rest = rest // shape[axis] * (shape[axis] - times)
         parameters[group] += size - rest
     names = _names([spans[0] for spans in axes])

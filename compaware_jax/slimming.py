@@ -25,7 +25,7 @@ from compaware_jax.placement import dividing, explicit
 from compaware_jax.program import Block, Equation
 from compaware_jax.propagate import analyse_seeded
 from compaware_jax.rules import REGIONS, RULES, Kept, Small
-from compaware_jax.rules.families import scatter, small_shape, take
+from compaware_jax.rules.families import missing, scatter, small_shape, take
 from compaware_jax.trace import flatten
 
 
@@ -162,7 +162,7 @@ class _Run:
             record.uncut.update(inner.record.uncut)
             record.again.update(inner.record.again)
             return [
-                take(result, [want if have is None else None for have, want in zip(got, target, strict=True)])
+                take(result, missing(target, got))
                 for result, got, target in zip(
                     results, (inner.kept(v) for v in body.outputs), targets, strict=True
                 )

@@ -23,7 +23,7 @@ from compaware_jax.plan import Plan
 from compaware_jax.program import Program
 from compaware_jax.propagate import analyse
 from compaware_jax.rules import Kept
-from compaware_jax.rules.families import take
+from compaware_jax.rules.families import missing, take
 from compaware_jax.slimming import FullWidth, run_small
 from compaware_jax.trace import flatten, trace
 from compaware_jax.work import contraction_flops, each_equation, flops_of
@@ -129,8 +129,7 @@ def _run(
     for position, leaf in program.states(plan.states):
         have = analysis.kept(program.block.outputs[position], alive)
         want = analysis.kept(program.leaf_values[leaf], alive)
-        missing = [w if h is None else None for h, w in zip(have, want, strict=True)]
-        outputs[position] = take(outputs[position], missing)
+        outputs[position] = take(outputs[position], missing(want, have))
     return outputs, record
 
 

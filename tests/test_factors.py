@@ -11,7 +11,7 @@ class Pairs:
     """Classes of atoms, kept one equality at a time."""
 
     def __init__(self):
-        self.parent, self.reasons = {}, {}
+        self.parent = {}
 
     def root(self, atom):
         while self.parent.get(atom, atom) != atom:

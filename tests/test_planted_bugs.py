@@ -10,7 +10,7 @@ from jax.extend.core import primitives as p
 
 import compaware_jax as ca
 from compaware_jax.law import law_errors, random_keep
-from compaware_jax.rules import RULES, Rule
+from compaware_jax.rules import RULES
 from compaware_jax.rules.families import bind, elementwise, reduction
 from tests.compiling import COMPILER
 from tests.networks import random_network
@@ -82,7 +82,8 @@ def test_maximum_said_to_ignore_zeros(monkeypatch):
 
 def alter(monkeypatch, primitive, couple=None, slim=None):
     rule = RULES[primitive]
-    monkeypatch.setitem(RULES, primitive, Rule(couple or rule.couple, slim or rule.slim, rule.work))
+    altered = replace(rule, couple=couple or rule.couple, slim=slim or rule.slim)
+    monkeypatch.setitem(RULES, primitive, altered)
     return rule
 
 

@@ -13,7 +13,7 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
-from compaware_jax.rules.families import cut, scatter
+from compaware_jax.rules.families import cut, missing, scatter
 from compaware_jax.rules.registry import REGIONS, Kept, Read, RegionRule, RunBody, Small
 
 
@@ -177,17 +177,12 @@ def _slim_while(
         # The loop runs until the last example is done; those that are stay as they were.
         more = goes_on(carry)
         return [
-            _of_examples(scatter(more, _missing(alive, axes), examples), x, before)
+            _of_examples(scatter(more, missing(alive, axes[: len(alive)]), examples), x, before)
             for x, before, axes in zip(after, carry, kept, strict=True)
         ]
 
     start = [cut(x, target) for x, target in zip(init, kept, strict=True)]
     return list(lax.while_loop(lambda carry: goes_on(carry).any(), step, start))
-
-
-def _missing(want: Kept, have: Kept) -> Kept:
-    """What is kept of axes that another value has whole."""
-    return tuple(None if mine is not None else index for index, mine in zip(want, have, strict=False))
 
 
 def _of_examples(which: jax.Array, x: jax.Array, otherwise: jax.Array) -> jax.Array:

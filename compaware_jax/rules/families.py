@@ -50,6 +50,11 @@ def scatter(array: Any, kept: Sequence[np.ndarray | None], shape: tuple[int, ...
     return array
 
 
+def missing(want: Kept, have: Kept) -> Kept:
+    """What is kept of the axes that a value still has whole."""
+    return tuple(index if mine is None else None for index, mine in zip(want, have, strict=True))
+
+
 def cut(operand: Small, target: Kept) -> jax.Array:
     """Cut the whole axes of an operand down to the target's kept indices.
 
