@@ -2,7 +2,7 @@
 
 Goal: at no budget and no seed is the compressed model below any rival. Kept from 10 % down; at 20 % and
 above, where all come near the dense model, LAMP is ahead in some records, by 0.12 dB at most (`README.md`
-says where and why).
+says where).
 
     python -m venv peers && peers/bin/pip install torch torch-pruning
     python experiments/compare.py --data tfds --torch-python peers/bin/python
