@@ -21,6 +21,7 @@ except ImportError as error:
         "compaware_jax.adapters.equinox needs Equinox, which is not installed: pip install equinox"
     ) from error
 
+from compaware_jax.adapters import equinox_loops  # noqa: F401  (registers rules)
 from compaware_jax.adapters.calls import Static, hashable, split_arrays
 from compaware_jax.adapters.rebuilt import compare
 from compaware_jax.errors import TraceError
