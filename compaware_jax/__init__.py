@@ -5,7 +5,6 @@ to keep while the weights adapt; `shrink` and `slim` are the surgery. See the RE
 example.
 """
 
-from compaware_jax.coefficients import GradientSearch
 from compaware_jax.compress import Result, compress
 from compaware_jax.constraints import constrain
 from compaware_jax.cost import Budget, flops, nbytes, params
@@ -13,6 +12,7 @@ from compaware_jax.criteria import Criterion, at_least, at_most
 from compaware_jax.discover import find_groups
 from compaware_jax.errors import CompawareError
 from compaware_jax.fit import fit
+from compaware_jax.gradient import GradientSearch
 from compaware_jax.grid import GridSearch
 from compaware_jax.groups import Groups
 from compaware_jax.masks import apply_mask, mask

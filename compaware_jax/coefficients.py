@@ -2,7 +2,7 @@
 
 Units of a group are ranked by a score. A group's coefficient says up to which rank its gates are open,
 with a soft edge, so one number per group has a gradient. `Search` is the interface of whatever finds
-them; `GradientSearch` finds them by gradient, jointly with the weights (`grid` has the other one).
+them: by gradient, jointly with the weights (`gradient`), or on a grid (`grid`).
 """
 
 from __future__ import annotations
@@ -14,27 +14,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 
-from compaware_jax.checks import checked_rate
 from compaware_jax.cost import Cost
 from compaware_jax.criteria import Apply, Criterion
-from compaware_jax.errors import RequestError
 from compaware_jax.groups import Groups
-from compaware_jax.importance import l2, ranks
-from compaware_jax.loop import whole_number
-from compaware_jax.masks import apply_mask
-from compaware_jax.objective import (
-    Batches,
-    Loss,
-    constrained,
-    dual_ascent,
-    trainable,
-    updated,
-    value_and_updates,
-)
+from compaware_jax.importance import l2
+from compaware_jax.objective import Batches, Loss, value_and_updates
 
 Score = Callable[[Groups, Any], jax.Array]
 """``(groups, variables) -> scores over units``."""
@@ -152,168 +139,3 @@ def on_budget(cost: Cost, log_share: Float[Array, " groups"], budget: ArrayLike)
     bounds = (fewest - jnp.max(top + log_share), -jnp.min(log_share))
     low, _ = jax.lax.fori_loop(0, 30, halve, bounds)
     return place(low)
-
-
-class GradientState(NamedTuple):
-    """State of the gradient search; a pytree, so it vmaps and checkpoints.
-
-    Attributes:
-      variables: the weights, trained along.
-      log_share: log of the kept share per group, on the (ramped) budget.
-      optimizer: of the weights.
-      share_optimizer: of the log shares.
-      multipliers: one per trainable criterion.
-      price: moving mean of the budget's multiplier, relative to the loss: by how many percent the loss
-        falls when the budget grows by one percent.
-      budget: fraction of the dense cost that may stay.
-      key: source of the sampled allocations.
-      offset: data position of the first step.
-    """
-
-    variables: Any
-    log_share: jax.Array
-    optimizer: Any
-    share_optimizer: Any
-    multipliers: jax.Array
-    price: jax.Array
-    budget: jax.Array
-    key: jax.Array
-    offset: jax.Array
-
-
-@dataclass(frozen=True)
-class GradientSearch:
-    """Joint gradient descent on coefficients and weights.
-
-    Every step samples an allocation around the coefficients (log-normal), shifts it onto the budget
-    surface, opens the gates of each group's best units with a soft edge, and takes one gradient for
-    both. The coefficients' gradient is made tangent to the budget surface, by the multiplier that
-    solves the Lagrangian's stationarity in the least-squares sense, in closed form (bounded while nearly
-    every group is whole), and after each step the shares are shifted onto the surface; so the budget holds at
-    every step and its multiplier needs no tuning. Criteria go in by augmented Lagrangian.
-
-    Sampling is what keeps this from starving a layer: units beyond the present edge are trained in a
-    part of the steps, so the gradient sees what they would be worth, not what untrained ones are worth.
-
-    Attributes:
-      steps: number of steps.
-      noise: standard deviation of the sampled log counts.
-      edge: width of the soft edge as a share of the kept count.
-      learning_rate: of the weights (Adam, cosine to a tenth).
-      travel: the coefficients' Adam learning rate times the steps: about how far, in log share, a
-        coefficient can go.
-      ramp: share of the steps in which the budget falls, log-linearly, from one to its target.
-      harden: share of the steps, the last ones, in which noise and edge fall to nothing.
-    """
-
-    steps: int = 1000
-    noise: float = 0.1
-    edge: float = 0.3
-    learning_rate: float = 2e-3
-    travel: float = 20.0
-    ramp: float = 0.3
-    harden: float = 0.25
-
-    def __post_init__(self) -> None:
-        whole_number(self.steps, "GradientSearch: steps", least=1)
-        if not (0 <= self.ramp <= 1 and 0 <= self.harden <= 1):
-            raise RequestError(
-                f"GradientSearch: ramp={self.ramp}, harden={self.harden}; expected shares in [0, 1]."
-            )
-        if not min(self.noise, self.edge, self.travel) >= 0:
-            raise RequestError(
-                f"GradientSearch: noise={self.noise}, edge={self.edge}, travel={self.travel}; expected none "
-                "below zero."
-            )
-        checked_rate(self.learning_rate, "GradientSearch: learning_rate")
-
-    def build(self, problem: Problem) -> Search:
-        """The search as pure functions."""
-        groups, cost = problem.groups, problem.cost
-        objective = constrained(problem.loss, problem.criteria)
-        weights_rule = optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.1))
-        share_rule = optax.adam(
-            optax.cosine_decay_schedule(self.travel / self.steps, self.steps), b1=0.9, b2=0.99
-        )
-        top, most = np.log(groups.sizes), np.log(groups.ceilings)
-
-        def init(variables: Any, budget: Any, key: jax.Array, offset: Any) -> GradientState:
-            share = jnp.zeros(len(groups.groups))
-            return GradientState(
-                variables=variables,
-                log_share=share,
-                optimizer=weights_rule.init(variables),
-                share_optimizer=share_rule.init(share),
-                multipliers=jnp.zeros(len(trainable(problem.criteria))),
-                price=jnp.zeros(()),
-                budget=jnp.asarray(budget, float),
-                key=key,
-                offset=jnp.asarray(offset, jnp.int32),
-            )
-
-        def step(state: GradientState, index: jax.Array) -> tuple[GradientState, dict[str, jax.Array]]:
-            progress = index / self.steps
-            soft = jnp.clip((1 - progress) / max(self.harden, _TINY), 0.0, 1.0)
-            budget = state.budget ** (jnp.clip(progress / self.ramp, 0.0, 1.0) if self.ramp else 1.0)
-            rank = ranks(groups, problem.score(groups, state.variables))
-            noise = jax.random.normal(jax.random.fold_in(state.key, index), state.log_share.shape)
-            sampled = on_budget(cost, state.log_share + soft * self.noise * noise, budget)
-
-            def value(log_counts: jax.Array, variables: Any) -> Any:
-                gates = soft_gates(groups, jnp.exp(log_counts), rank, soft * self.edge)
-                masked = apply_mask(groups, gates, variables)
-                batch = problem.batches(index + state.offset)
-                total, (violations, news) = objective(problem.apply, masked, batch, state.multipliers)
-                return total, (violations, news, masked)
-
-            (total, (violations, news, seen)), (by_count, by_weight) = jax.value_and_grad(
-                value, (0, 1), has_aux=True
-            )(sampled, state.variables)
-            tangent, price = _tangent(cost, sampled, by_count, sampled < most - 1e-4)
-
-            change: Any
-            change, share_optimizer = share_rule.update(tangent, state.share_optimizer, state.log_share)
-            log_share = on_budget(cost, state.log_share + change, budget) - top
-            updates, optimizer = weights_rule.update(by_weight, state.optimizer, state.variables)
-            new = GradientState(
-                variables=updated(optax.apply_updates(state.variables, updates), news, seen),
-                log_share=log_share,
-                optimizer=optimizer,
-                share_optimizer=share_optimizer,
-                multipliers=dual_ascent(state.multipliers, violations),
-                price=0.98 * state.price + 0.02 * price / jnp.maximum(jnp.abs(total), _TINY),
-                budget=state.budget,
-                key=state.key,
-                offset=state.offset,
-            )
-            return new, {"loss": total, "share": jnp.exp(log_share), "price": new.price}
-
-        return Search(
-            init=init,
-            step=step,
-            steps=self.steps,
-            coefficients=lambda state: jnp.exp(state.log_share),
-            variables=lambda state: state.variables,
-        )
-
-
-_TINY = 1e-30
-
-# The least share of all that can pay which sets the price: at the start nearly everything is whole, and the
-# few that are not would set one that is noise many times larger than any slope.
-_PAYING = 0.5
-
-
-def _tangent(
-    cost: Cost, log_counts: jax.Array, gradient: jax.Array, free: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The gradient along the budget surface, and the multiplier that makes it so.
-
-    Only groups that are not whole can pay for others, so only they set the multiplier. While they are few, it
-    is bounded, and the gradient is not quite tangent; `on_budget` puts the shares back.
-    """
-    by_cost = jax.grad(lambda x: jnp.log(cost(jnp.exp(x))))(log_counts)
-    can_pay = jnp.sum(by_cost, where=cost.least < cost.most)
-    paying = jnp.maximum(jnp.sum(by_cost, where=free), _PAYING * can_pay)
-    price = -jnp.sum(gradient, where=free) / jnp.maximum(paying, 1e-6)
-    return gradient + price * by_cost, price

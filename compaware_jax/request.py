@@ -17,7 +17,7 @@ from compaware_jax.checks import (
     checked_loss,
     not_finite,
 )
-from compaware_jax.coefficients import GradientSearch, Problem, SearchMethod
+from compaware_jax.coefficients import Problem, SearchMethod
 from compaware_jax.cost import Budget
 from compaware_jax.criteria import Criterion, check_dense, measure
 from compaware_jax.errors import (
@@ -26,6 +26,7 @@ from compaware_jax.errors import (
     PlanError,
     RequestError,
 )
+from compaware_jax.gradient import GradientSearch
 from compaware_jax.groups import Groups, fingerprint, leaves_of
 from compaware_jax.importance import l2
 from compaware_jax.rehearsal import rehearse
