@@ -25,7 +25,7 @@ from compaware_jax.placement import dividing, explicit
 from compaware_jax.program import Block, Equation
 from compaware_jax.propagate import analyse_seeded
 from compaware_jax.rules import REGIONS, RULES, Kept, Small
-from compaware_jax.rules.families import missing, scatter, small_shape, take
+from compaware_jax.rules.arrays import missing, scatter, small_shape, take
 from compaware_jax.trace import flatten
 
 

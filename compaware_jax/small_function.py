@@ -23,7 +23,7 @@ from compaware_jax.plan import Plan
 from compaware_jax.program import Program
 from compaware_jax.propagate import analyse
 from compaware_jax.rules import Kept
-from compaware_jax.rules.families import missing, take
+from compaware_jax.rules.arrays import missing, take
 from compaware_jax.slimming import FullWidth, run_small
 from compaware_jax.trace import flatten, trace
 from compaware_jax.work import contraction_flops, each_equation, flops_of

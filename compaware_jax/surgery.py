@@ -15,7 +15,7 @@ from compaware_jax.groups import COLLECTIONS
 from compaware_jax.paths import named_leaves, path_name
 from compaware_jax.placement import is_spread, on_host, place_of
 from compaware_jax.plan import Plan
-from compaware_jax.rules.families import scatter
+from compaware_jax.rules.arrays import scatter
 
 
 def shrink(tree: Any, plan: Plan) -> Any:

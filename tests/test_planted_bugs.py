@@ -11,7 +11,8 @@ from jax.extend.core import primitives as p
 import compaware_jax as ca
 from compaware_jax.law import law_errors, random_keep
 from compaware_jax.rules import RULES
-from compaware_jax.rules.families import bind, elementwise, reduction
+from compaware_jax.rules.arrays import bind
+from compaware_jax.rules.families import elementwise, reduction
 from tests.compiling import COMPILER
 from tests.networks import random_network
 from tests.programs import random_program

@@ -16,7 +16,8 @@ from jax.extend.core import Primitive
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
-from compaware_jax.rules.families import bind, cut, elementwise, fixed_elsewhere, passed
+from compaware_jax.rules.arrays import bind, cut
+from compaware_jax.rules.families import elementwise, fixed_elsewhere, passed
 from compaware_jax.rules.registry import Kept, Small, primitives_of, register_rule
 
 # --- what must not differ among the examples of a vmap ---------------------------------------------------

@@ -3,6 +3,7 @@
 from compaware_jax.rules import (
     contraction,
     control,
+    convolution,
     elementwise,
     indexing,
     layout,
@@ -23,6 +24,7 @@ __all__ = [
     "Small",
     "contraction",
     "control",
+    "convolution",
     "elementwise",
     "indexing",
     "layout",

@@ -13,7 +13,7 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
-from compaware_jax.rules.families import cut, missing, scatter
+from compaware_jax.rules.arrays import cut, missing, scatter
 from compaware_jax.rules.registry import REGIONS, Kept, Read, RegionRule, RunBody, Small
 
 

@@ -1,84 +1,20 @@
-"""Families that make most rules one line, and the array steps they share."""
+"""Families that make most rules one line, and the steps of coupling that the others share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
-from compaware_jax.placement import dividing, resharded, sharding_in_type
 from compaware_jax.program import Equation
+from compaware_jax.rules.arrays import bind, cut
 from compaware_jax.rules.registry import RULES, Kept, Rule, Small, register_rule
 
 ZeroTest = Callable[[Equation, Sequence[bool], Sequence[float | None]], bool]
 """Whether an element-wise result is zero, from each operand's zero flag and uniform value."""
-
-
-def take(array: jax.Array, positions: Sequence[np.ndarray | None], *, distinct: bool = True) -> jax.Array:
-    """Static positions along each axis (None: all of them), no two of them the same where `distinct`."""
-    for axis, index in enumerate(positions):
-        if index is not None:
-            array = resharded(array, axis, lambda whole, a=axis, i=index: _take_axis(whole, i, a, distinct))
-    return array
-
-
-def _take_axis(array: jax.Array, index: np.ndarray, axis: int, distinct: bool) -> jax.Array:
-    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
-        return jax.lax.slice_in_dim(array, int(index[0]), int(index[0]) + len(index), axis=axis)
-    return jnp.take(array, index, axis=axis, mode="clip", unique_indices=distinct)
-
-
-def scatter(array: Any, kept: Sequence[np.ndarray | None], shape: tuple[int, ...]) -> Any:
-    """Put a cut array back at its places in zeros of the full shape; a numpy array stays one."""
-    for axis, index in enumerate(kept):
-        if index is not None:
-            size = (*array.shape[:axis], shape[axis], *array.shape[axis + 1 :])
-            places = (slice(None),) * axis + (index,)
-            if isinstance(array, np.ndarray):
-                full = np.zeros(size, array.dtype)
-                full[places] = array
-                array = full
-            else:
-                sharding = dividing(sharding_in_type(array), size)
-                zeros = jnp.zeros(size, array.dtype, device=sharding)
-                array = zeros.at[places].set(array, out_sharding=sharding)
-    return array
-
-
-def missing(want: Kept, have: Kept) -> Kept:
-    """What is kept of the axes that a value still has whole."""
-    return tuple(index if mine is None else None for index, mine in zip(want, have, strict=True))
-
-
-def cut(operand: Small, target: Kept) -> jax.Array:
-    """Cut the whole axes of an operand down to the target's kept indices.
-
-    Size-1 axes broadcast, so they are left alone.
-    """
-    shape = operand.array.shape
-    return take(
-        operand.array,
-        [
-            want if have is None and shape[axis] != 1 else None
-            for axis, (have, want) in enumerate(zip(operand.kept, target, strict=True))
-        ],
-    )
-
-
-def small_shape(shape: tuple[int, ...], kept: Kept) -> tuple[int, ...]:
-    """A full shape with the kept counts in place of the cut axes."""
-    return tuple(size if index is None else len(index) for size, index in zip(shape, kept, strict=True))
-
-
-def bind(eqn: Equation, arrays: Sequence[jax.Array], **overrides: Any) -> list[jax.Array]:
-    """Bind the equation's primitive on other arrays, with some parameters overridden."""
-    result = eqn.primitive.bind(*arrays, **(eqn.params | overrides))
-    return list(result) if eqn.primitive.multiple_results else [result]
 
 
 def elementwise(
@@ -195,16 +131,6 @@ def mixed(ledger: Ledger, x: Tracked, passes: Iterable[int]) -> list[Factor]:
     """
     handed_on = set(passes)
     return [f for f in x.factors if not handed_on.intersection(f.axes) and not ledger.all_fixed(f.ids)]
-
-
-def filled_up(operand: Small, axes: Iterable[int], shape: tuple[int, ...]) -> Small | None:
-    """An operand of a full shape with zeros for what was cut of some axes; None where those are not zeros."""
-    cut_there = [a for a in axes if operand.kept[a] is not None]
-    if not all(operand.zero[a] for a in cut_there):
-        return None
-    there = tuple(index if a in cut_there else None for a, index in enumerate(operand.kept))
-    elsewhere = tuple(None if a in cut_there else index for a, index in enumerate(operand.kept))
-    return Small(scatter(operand.array, there, shape), elsewhere, operand.zero, operand.known)
 
 
 def fixed_elsewhere(ledger: Ledger, shape: tuple[int, ...], free: Iterable[int], reason: str) -> list[Factor]:

@@ -16,7 +16,8 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
 from compaware_jax.program import Equation
-from compaware_jax.rules.families import bind, cut, fixed_elsewhere, freed, passed, take
+from compaware_jax.rules.arrays import bind, cut, take
+from compaware_jax.rules.families import fixed_elsewhere, freed, passed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
 # Beyond this many elements a static look-up is not followed position by position.

@@ -12,7 +12,8 @@ from jax.extend.core import primitives as p
 from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
 from compaware_jax.placement import dividing, explicit
 from compaware_jax.program import Equation
-from compaware_jax.rules.families import bind, cut, freed, small_shape
+from compaware_jax.rules.arrays import bind, cut, small_shape
+from compaware_jax.rules.families import freed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
 # --- axes renamed: transpose, squeeze, broadcast_in_dim -----------------------------------------------

@@ -12,7 +12,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from compaware_jax.factors import Ledger, Tracked
 from compaware_jax.placement import dividing
 from compaware_jax.program import Equation
-from compaware_jax.rules.families import bind, filled_up, fixed_elsewhere, mixed, passed
+from compaware_jax.rules.arrays import bind, filled_up
+from compaware_jax.rules.families import fixed_elsewhere, mixed, passed
 from compaware_jax.rules.registry import Kept, Small, primitives_of, register_rule
 
 # --- random bits: drawn at full width, cut where they are used ----------------------------------------

@@ -10,7 +10,7 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
-from compaware_jax.rules.families import bind, cut
+from compaware_jax.rules.arrays import bind, cut
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
 

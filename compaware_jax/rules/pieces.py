@@ -17,7 +17,8 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
-from compaware_jax.rules.families import cut, freed, take
+from compaware_jax.rules.arrays import cut, take
+from compaware_jax.rules.families import freed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
 # --- slice, rev, split, unstack -----------------------------------------------------------------------

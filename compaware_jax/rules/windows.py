@@ -11,7 +11,8 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
-from compaware_jax.rules.families import bind, cut, filled_up, fixed_elsewhere, mixed, passed
+from compaware_jax.rules.arrays import bind, cut, filled_up
+from compaware_jax.rules.families import fixed_elsewhere, mixed, passed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
 # --- windows ------------------------------------------------------------------------------------------
