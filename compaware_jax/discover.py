@@ -140,41 +140,15 @@ def _collect(
         free[list(solution.inexact)] = False
 
     # Where classes appear: on leaf axes in order of first use, then on axes that count as work.
-    leaf_values, never_read = program.leaf_values, set(unread)
-    per_leaf = (analysis.labels(leaf_values[position]) for position in order)
+    per_leaf = (analysis.labels(program.leaf_values[position]) for position in order)
     appearances = [labels for axes in per_leaf for labels in axes if labels is not None]
     on_leaves = len(appearances)
     appearances += _work_labels(analysis)
 
-    classes, first, signature = _signatures(appearances, on_leaves, free, solution.count)
-    # Groups in the order in which their first units appear, units in the order of their indices.
-    order_of_units = np.argsort(first[classes], kind="stable")
-    classes = classes[order_of_units]
-    _, start, inverse = np.unique(signature[classes], return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(start))
-    group_of = rank[inverse]
-    classes = classes[np.argsort(group_of, kind="stable")]
-    sizes = np.bincount(group_of, minlength=len(start))
-
+    classes, sizes = _in_groups(*_signatures(appearances, on_leaves, free, solution.count))
     unit_of_class = np.full(solution.count + 1, -1)
     unit_of_class[classes] = np.arange(len(classes))
-    along: dict[int, np.ndarray] = {}
-    units_of, fixed = [], []
-    for position, leaf in enumerate(leaves):
-        value = leaf_values[position]
-        per_axis = []
-        for axis, labels in enumerate(analysis.labels(value)):
-            if labels is None or leaf.path in never_read:
-                per_axis.append(np.full(leaf.shape[axis], -1))
-                continue
-            # Axes that share their labels share their units.
-            if id(labels) not in along:
-                along[id(labels)] = unit_of_class[labels]
-            units = along[id(labels)]
-            if (units < 0).any():
-                fixed.append(_fixed_axis(analysis, leaf, axis, value, units))
-            per_axis.append(units)
-        units_of.append(tuple(per_axis))
+    units_of, fixed = _placed(analysis, leaves, unit_of_class, unread)
 
     offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]) if len(sizes) else np.zeros(0, int)
     at_boundary = np.isin(classes[offsets], analysis.boundary)
@@ -182,8 +156,8 @@ def _collect(
     return Groups(
         groups=groups,
         leaves=leaves,
-        units_of=tuple(units_of),
-        fixed=tuple(fixed),
+        units_of=units_of,
+        fixed=fixed,
         unread=unread,
         guarded=_guarded(analysis, unit_of_class, groups),
         released=released,
@@ -261,6 +235,43 @@ def _joined(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([np.zeros(0, int), *arrays]), number
 
 
+def _in_groups(
+    classes: np.ndarray, first: np.ndarray, signature: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The classes group by group, those that span the same axes, and the sizes of the groups.
+
+    Groups are in the order in which their first units appear, units in the order of their indices.
+    """
+    classes = classes[np.argsort(first[classes], kind="stable")]
+    _, start, inverse = np.unique(signature[classes], return_index=True, return_inverse=True)
+    group_of = np.argsort(np.argsort(start))[inverse]
+    return classes[np.argsort(group_of, kind="stable")], np.bincount(group_of, minlength=len(start))
+
+
+def _placed(
+    analysis: Analysis, leaves: tuple[Leaf, ...], unit_of_class: np.ndarray, unread: tuple[str, ...]
+) -> tuple[tuple[tuple[np.ndarray, ...], ...], tuple[FixedAxis, ...]]:
+    """Per leaf and axis the unit of each index, -1 where it stays; and the axes of which something stays."""
+    never_read = set(unread)
+    along: dict[int, np.ndarray] = {}
+    units_of, fixed = [], []
+    for leaf, value in zip(leaves, analysis.program.leaf_values, strict=True):
+        per_axis = []
+        for axis, labels in enumerate(analysis.labels(value)):
+            if labels is None or leaf.path in never_read:
+                per_axis.append(np.full(leaf.shape[axis], -1))
+                continue
+            # Axes that share their labels share their units.
+            if id(labels) not in along:
+                along[id(labels)] = unit_of_class[labels]
+            units = along[id(labels)]
+            if (units < 0).any():
+                fixed.append(_fixed_axis(analysis, leaf, axis, value, units))
+            per_axis.append(units)
+        units_of.append(tuple(per_axis))
+    return tuple(units_of), tuple(fixed)
+
+
 def _fixed_axis(analysis: Analysis, leaf: Leaf, axis: int, value: int, units: np.ndarray) -> FixedAxis:
     classes = analysis.solution.labels[analysis.factor(value, axis).ids][units < 0]
     for label in classes:
@@ -272,7 +283,7 @@ def _fixed_axis(analysis: Analysis, leaf: Leaf, axis: int, value: int, units: np
 
 def _describe(
     leaves: tuple[Leaf, ...],
-    units_of: list[tuple[np.ndarray, ...]],
+    units_of: tuple[tuple[np.ndarray, ...], ...],
     order: list[int],
     offsets: np.ndarray,
     sizes: np.ndarray,
