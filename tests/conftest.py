@@ -46,3 +46,12 @@ def x64():
     """Run a test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """The variables and the groups of the small problem's model."""
+    from tests import tasks  # After the hook above.
+
+    variables = tasks.dense()
+    return variables, tasks.groups(variables)

@@ -73,3 +73,21 @@ def error(f: Any, variables: Any, batch: jax.Array) -> jax.Array:
 
 
 SEARCH = ca.GradientSearch(steps=100)
+BOUND = ca.at_most("error", error, 0.25)
+_ASKED = {"criteria": [BOUND], "learning_rate": 1e-2, "progress": False}
+
+
+def compress(trained: tuple[Any, ca.Groups], **changes: Any) -> ca.Result:
+    """The main job on a trained model and its groups, with changes to what is asked."""
+    variables, found = trained
+    asked = {"budget": ca.params(0.5), "search": SEARCH, "fine_tune": 200, "held_out": held_out()}
+    asked |= _ASKED | {"groups": found} | changes
+    return ca.compress(apply, variables, loss, batches, **asked)
+
+
+def sweep(trained: tuple[Any, ca.Groups], **changes: Any) -> Any:
+    """A short sweep over a single budget, with changes to what is asked."""
+    variables, found = trained
+    asked = {"budgets": [ca.params(0.5)], "search": ca.GradientSearch(steps=10), "fine_tune": 10}
+    asked |= _ASKED | {"held_out": held_out(), "groups": found} | changes
+    return ca.sweep(apply, variables, loss, batches, **asked)
