@@ -16,6 +16,19 @@ from jax.extend.source_info_util import summarize
 
 
 @dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """One call of a function under `jax.checkpoint`, whose equations stand in line with the others.
+
+    Attributes:
+      policy: what is saved for the backward pass.
+      prevent_cse: whether the compiler is kept from undoing it.
+    """
+
+    policy: Any
+    prevent_cse: Any
+
+
+@dataclass(frozen=True, eq=False)
 class Equation:
     """One primitive application.
 
@@ -27,6 +40,7 @@ class Equation:
       source: the traced equation, to run it unchanged.
       bodies: the flattened bodies of calls with custom derivatives, of loops and of branches.
       scope: the module path in which it was traced (JAX's name stack).
+      checkpoints: the calls under `jax.checkpoint` that it is a part of, outermost first.
       ambient: whether it was traced in the context in which the whole function was called.
     """
 
@@ -37,6 +51,7 @@ class Equation:
     source: jex.JaxprEqn
     bodies: tuple[Block, ...]
     scope: str
+    checkpoints: tuple[Checkpoint, ...]
     ambient: bool
 
     @property

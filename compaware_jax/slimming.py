@@ -7,9 +7,11 @@ their producers run again at full width), and its outputs are cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import ChainMap
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from compaware_jax.analysis import Analysis
 from compaware_jax.derivatives import derivative_of
 from compaware_jax.factors import Factor, Tracked
 from compaware_jax.placement import dividing, explicit
-from compaware_jax.program import Block, Equation
+from compaware_jax.program import Block, Checkpoint, Equation
 from compaware_jax.propagate import analyse_seeded
 from compaware_jax.rules import REGIONS, RULES, Kept, Small
 from compaware_jax.rules.arrays import missing, scatter, small_shape, take
@@ -73,29 +75,53 @@ class _Run:
     analysis: Analysis
     alive: np.ndarray
     nested: bool = False
-    small: dict[int, Any] = field(default_factory=dict)
-    full: dict[int, Any] = field(default_factory=dict)
+    small: MutableMapping[int, Any] = field(default_factory=dict)
+    full: MutableMapping[int, Any] = field(default_factory=dict)
     producers: dict[int, Equation] = field(default_factory=dict)
     record: FullWidth = field(default_factory=FullWidth)
 
     def block(self, block: Block, inputs: Sequence[jax.Array]) -> list[jax.Array]:
         self.small.update(zip(block.inputs, inputs, strict=True))
-        ragged = self.analysis.ragged
-        for eqn in block.equations:
-            self.producers.update(dict.fromkeys(eqn.outputs, eqn))
-            kept = [self.kept(v) for v in eqn.outputs]
-            with eqn.context:
-                if ragged.intersection((*eqn.inputs, *eqn.outputs)):
-                    results = self.moved(eqn, kept)
-                else:
-                    results = self.emptied(eqn, kept)
-                    if results is None:
-                        results = self.equation(eqn, kept)
-            if results is None:
-                self.record.uncut[eqn] = None
-                results = [take(self.whole(v), index) for v, index in zip(eqn.outputs, kept, strict=True)]
-            self.small.update(zip(eqn.outputs, results, strict=True))
+        self.equations(block.equations)
         return [self.read(v) for v in block.outputs]
+
+    def equations(self, equations: Iterable[Equation], depth: int = 0) -> None:
+        """Run equations in order, those of a call under `jax.checkpoint` under one, too; calls nest."""
+        for calls, run in groupby(equations, lambda eqn: eqn.checkpoints[depth : depth + 1]):
+            if calls:
+                self.checkpointed(calls[0], tuple(run), depth + 1)
+                continue
+            for eqn in run:
+                self.producers.update(dict.fromkeys(eqn.outputs, eqn))
+                self.small.update(zip(eqn.outputs, self.results(eqn), strict=True))
+
+    def checkpointed(self, checkpoint: Checkpoint, equations: Sequence[Equation], depth: int) -> None:
+        # All that is made is handed out, to be found where an operand is rebuilt at full width; the compiler
+        # drops what nobody reads.
+        made = [v for eqn in equations for v in eqn.outputs]
+
+        def run() -> list[Any]:
+            # A scope of its own, as what is made here is of another trace.
+            inner = replace(self, small=ChainMap({}, self.small), full=ChainMap({}, self.full))
+            inner.equations(equations, depth)
+            return [inner.small[v] for v in made]
+
+        call = jax.checkpoint(run, policy=checkpoint.policy, prevent_cse=checkpoint.prevent_cse)
+        self.small.update(zip(made, call(), strict=True))
+
+    def results(self, eqn: Equation) -> list[Any]:
+        kept = [self.kept(v) for v in eqn.outputs]
+        with eqn.context:
+            if self.analysis.ragged.intersection((*eqn.inputs, *eqn.outputs)):
+                results = self.moved(eqn, kept)
+            else:
+                results = self.emptied(eqn, kept)
+                if results is None:
+                    results = self.equation(eqn, kept)
+        if results is None:
+            self.record.uncut[eqn] = None
+            return [take(self.whole(v), index) for v, index in zip(eqn.outputs, kept, strict=True)]
+        return results
 
     def kept(self, value: int) -> Kept:
         return self.analysis.kept(value, self.alive)

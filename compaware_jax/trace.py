@@ -25,7 +25,7 @@ from jax.extend.core import primitives as p
 from compaware_jax.errors import TraceError, gist
 from compaware_jax.paths import named_leaves, path_name
 from compaware_jax.placement import explicit, struct_of
-from compaware_jax.program import Block, Equation, Program
+from compaware_jax.program import Block, Checkpoint, Equation, Program
 
 _INLINED = {p.jit_p: "jaxpr", p.remat_p: "jaxpr", p.closed_call_p: "call_jaxpr"}
 _BODIES = {
@@ -184,14 +184,16 @@ class _Flattener:
         env: dict[Any, int] = dict(zip(jaxpr.constvars, constants, strict=True))
         inputs = tuple(self.value(var.aval) for var in jaxpr.invars)
         env.update(zip(jaxpr.invars, inputs, strict=True))
-        equations = list(self.equations(jaxpr, env, ""))
+        equations = list(self.equations(jaxpr, env, "", ()))
         outputs = tuple(self.read(env, v) for v in jaxpr.outvars)
         return Block(inputs, outputs, _live(equations, outputs))
 
     def read(self, env: dict[Any, int], var: Any) -> int:
         return self.literal(var) if isinstance(var, jex.Literal) else env[var]
 
-    def equations(self, jaxpr: jex.Jaxpr, env: dict[Any, int], scope: str) -> Iterator[Equation]:
+    def equations(
+        self, jaxpr: jex.Jaxpr, env: dict[Any, int], scope: str, checkpoints: tuple[Checkpoint, ...]
+    ) -> Iterator[Equation]:
         for eqn in jaxpr.eqns:
             if eqn is self.mark:
                 continue
@@ -201,7 +203,7 @@ class _Flattener:
                 inner, constants = _open(eqn.params[_INLINED[eqn.primitive]])
                 inner_env = dict(zip(inner.constvars, [self.constant(c) for c in constants], strict=True))
                 inner_env.update(zip(inner.invars, inputs, strict=True))
-                yield from self.equations(inner, inner_env, stack)
+                yield from self.equations(inner, inner_env, stack, (*checkpoints, *_checkpoint(eqn)))
                 outputs = tuple(self.read(inner_env, var) for var in inner.outvars)
             else:
                 outputs = tuple(self.value(var.aval) for var in eqn.outvars)
@@ -213,6 +215,7 @@ class _Flattener:
                     source=eqn,
                     bodies=tuple(self.body(inner) for inner in _bodies(eqn)),
                     scope=stack,
+                    checkpoints=checkpoints,
                     ambient=self.mark is not None and eqn.ctx is self.mark.ctx,
                 )
                 if not self.fold(flat):
@@ -263,6 +266,13 @@ class _Flattener:
             return False  # As a part of shard_map, nothing is evaluated here and now.
         self.constants.update(zip(eqn.outputs, map(np.asarray, results), strict=True))
         return True
+
+
+def _checkpoint(eqn: jex.JaxprEqn) -> tuple[Checkpoint, ...]:
+    """What a call under `jax.checkpoint` asks for; nothing where a derivative has been taken already."""
+    if eqn.primitive is not p.remat_p or eqn.params["differentiated"]:
+        return ()
+    return (Checkpoint(eqn.params["policy"], eqn.params["prevent_cse"]),)
 
 
 def _bodies(eqn: jex.JaxprEqn) -> list[Any]:
