@@ -164,7 +164,8 @@ class Ledger:
             self._flags = np.concatenate([self._flags, np.zeros(self.size, bool)])
             self._doubted = np.concatenate([self._doubted, np.zeros(self.size, bool)])
         ids = np.arange(start, self.size).reshape(shape)
-        # Known by its identity, so it is kept.
+        # Known by its identity, so it is kept, and may not change.
+        ids.flags.writeable = False
         self._runs[id(ids)] = start, ids
         return ids
 

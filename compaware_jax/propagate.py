@@ -175,6 +175,9 @@ class _Propagation:
                 written = np.concatenate([f.ids.ravel() for x in outputs for f in x.factors])
                 met = self.ledger.loosened[before:]
                 self.written += [x for x in met if np.isin(x.in_place, written).any()]
+            if not any(x.factors for x in inputs):
+                # What is made of constants is cut where it meets what is cut.
+                return [replace(x, factors=()) for x in outputs]
             return outputs
         if eqn.primitive in REGIONS:
             return REGIONS[eqn.primitive].couple(self.ledger, eqn, inputs, self.block)

@@ -27,7 +27,25 @@ from compaware_jax.paths import named_leaves, path_name
 from compaware_jax.placement import explicit, struct_of
 from compaware_jax.program import Block, Checkpoint, Equation, Program
 
-_INLINED = {p.jit_p: "jaxpr", p.remat_p: "jaxpr", p.closed_call_p: "call_jaxpr"}
+
+def _primitive_of(function: Callable[..., Any]) -> jex.Primitive:
+    return jax.make_jaxpr(function)(0.0).eqns[0].primitive
+
+
+@jax.custom_batching.custom_vmap
+def _mapped(x: jax.Array) -> jax.Array:
+    return x + 1
+
+
+_mapped.def_vmap(lambda size, batched, x: (x + 1, batched[0]))
+# Calls that are as good as their bodies, and the parameters that hold these, in some version of JAX.
+_INLINED = {
+    p.jit_p: ("jaxpr",),
+    p.remat_p: ("jaxpr",),
+    p.closed_call_p: ("call_jaxpr",),
+    _primitive_of(_mapped): ("call",),
+    _primitive_of(jax.lax.composite(jnp.sin, "compaware.sin")): ("jaxpr", "call_jaxpr"),
+}
 _BODIES = {
     p.custom_jvp_call_p: ("call_jaxpr",),
     p.custom_vjp_call_p: ("call_jaxpr",),
@@ -180,9 +198,13 @@ class _Flattener:
         aval: Any = literal.aval
         return self.constant(np.asarray(literal.val, dtype=aval.dtype), aval)
 
-    def block(self, jaxpr: jex.Jaxpr, constants: list[int]) -> Block:
+    def block(self, jaxpr: jex.Jaxpr, constants: list[int], handed_in: Sequence[int] = ()) -> Block:
         env: dict[Any, int] = dict(zip(jaxpr.constvars, constants, strict=True))
         inputs = tuple(self.value(var.aval) for var in jaxpr.invars)
+        # What is a constant outside is one inside.
+        for inner, outer in zip(inputs, handed_in, strict=False):
+            if outer in self.constants:
+                self.constants[inner] = self.constants[outer]
         env.update(zip(jaxpr.invars, inputs, strict=True))
         equations = list(self.equations(jaxpr, env, "", ()))
         outputs = tuple(self.read(env, v) for v in jaxpr.outvars)
@@ -200,7 +222,8 @@ class _Flattener:
             inputs = tuple(self.read(env, var) for var in eqn.invars)
             stack = self.joined(scope, eqn.source_info.name_stack)
             if eqn.primitive in _INLINED:
-                inner, constants = _open(eqn.params[_INLINED[eqn.primitive]])
+                body = next(eqn.params[name] for name in _INLINED[eqn.primitive] if name in eqn.params)
+                inner, constants = _open(body)
                 inner_env = dict(zip(inner.constvars, [self.constant(c) for c in constants], strict=True))
                 inner_env.update(zip(inner.invars, inputs, strict=True))
                 yield from self.equations(inner, inner_env, stack, (*checkpoints, *_checkpoint(eqn)))
@@ -213,7 +236,7 @@ class _Flattener:
                     inputs=inputs,
                     outputs=outputs,
                     source=eqn,
-                    bodies=tuple(self.body(inner) for inner in _bodies(eqn)),
+                    bodies=tuple(self.bodies(eqn, inputs)),
                     scope=stack,
                     checkpoints=checkpoints,
                     ambient=self.mark is not None and eqn.ctx is self.mark.ctx,
@@ -228,9 +251,10 @@ class _Flattener:
             self.scopes[scope, stack] = "/".join(s for s in (scope, str(stack)) if s)
         return self.scopes[scope, stack]
 
-    def body(self, jaxpr: Any) -> Block:
-        inner, constants = _open(jaxpr)
-        return self.block(inner, [self.constant(c) for c in constants])
+    def bodies(self, eqn: jex.JaxprEqn, inputs: tuple[int, ...]) -> Iterator[Block]:
+        for body, handed_in in zip(_bodies(eqn), _handed_in(eqn, inputs), strict=True):
+            jaxpr, constants = _open(body)
+            yield self.block(jaxpr, [self.constant(c) for c in constants], handed_in)
 
     def is_nothing(self, value: int) -> bool:
         """Whether an array has no elements, whatever its inputs are."""
@@ -278,6 +302,41 @@ def _checkpoint(eqn: jex.JaxprEqn) -> tuple[Checkpoint, ...]:
 def _bodies(eqn: jex.JaxprEqn) -> list[Any]:
     found = [eqn.params[name] for name in _BODIES.get(eqn.primitive, ())]
     return [body for part in found for body in (part if isinstance(part, tuple) else (part,))]
+
+
+def _handed_in(eqn: jex.JaxprEqn, inputs: Sequence[int]) -> list[list[int]]:
+    """Per body the operands that its first inputs are at every run."""
+    if eqn.primitive is p.scan_p:
+        return [scan_parts(eqn, inputs)[0]]
+    if eqn.primitive is p.while_p:
+        condition, body, _ = while_parts(eqn, inputs)
+        return [condition, body]
+    if eqn.primitive is p.cond_p:
+        return [list(inputs[1:])] * len(eqn.params["branches"])
+    return [list(inputs)] * len(_bodies(eqn))
+
+
+def scan_parts(eqn: jex.JaxprEqn, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """What a `scan` is given, one item per operand, as constants, initial carry and sequences.
+
+    Told apart by rank, because the parameters that say it changed between JAX versions: a sequence has an
+    axis more outside the body than inside.
+    """
+    inner, _ = _open(eqn.params["jaxpr"])
+    sequences = _ranked(eqn.invars, inner.invars)
+    carry = len(inner.outvars) - _ranked(eqn.outvars, inner.outvars)
+    consts = len(inner.invars) - sequences - carry
+    return list(items[:consts]), list(items[consts : consts + carry]), list(items[consts + carry :])
+
+
+def _ranked(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    return sum(len(x.aval.shape) > len(y.aval.shape) for x, y in zip(outside, inside, strict=True))
+
+
+def while_parts(eqn: jex.JaxprEqn, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """What a `while_loop` is given: constants of its condition, of its body, and the initial carry."""
+    cond, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    return list(items[:cond]), list(items[cond : cond + body]), list(items[cond + body :])
 
 
 def _open(jaxpr: Any) -> tuple[jex.Jaxpr, Sequence[Any]]:

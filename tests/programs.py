@@ -373,6 +373,22 @@ def _written(d: _Drawing) -> None:
         d.add(lambda v, x: jax.lax.dynamic_update_slice_in_dim(x, jnp.sin(x[:1]), 1, 0))
 
 
+def _placed(d: _Drawing) -> None:
+    """Written along the features at static places: some in an order, a run, or every second."""
+    n = d.shape[-1]
+    size, kind = int(d.rng.integers(1, n + 1)), d.rng.integers(4)
+    places, first = d.rng.permutation(n)[:size], int(d.rng.integers(0, n - size + 1))
+    f = d.choice((jnp.cos, jnp.tanh))
+    if kind == 0:
+        d.add(lambda v, x: x.at[..., places].set(f(x[..., :size])))
+    elif kind == 1:
+        d.add(lambda v, x: x.at[0, ..., places].add(f(jnp.moveaxis(x[0, ..., :size], -1, 0))))
+    elif kind == 2:
+        d.add(lambda v, x: jnp.zeros_like(x).at[..., first : first + size].set(f(x[..., :size])))
+    else:
+        d.add(lambda v, x: jax.lax.dynamic_update_slice_in_dim(f(x), x[..., :size], first, x.ndim - 1))
+
+
 def _sliced_dynamically(d: _Drawing) -> None:
     n = d.shape[-1]
     at = int(d.rng.integers(0, n))
@@ -483,7 +499,7 @@ def _grouped_query_attention(d: _Drawing) -> None:
 _ANY = (
     _activation, _activation, _activation, _bias, _scale, _dense, _dense, _residual, _norm, _softmax,
     _pooled, _gated_split, _uneven_split, _concatenated, _moved, _shuffled, _scanned_layers, _repeated,
-    _branched, _looked_up, _embedded, _rolled, _cumulated, _sorted, _written, _sliced_dynamically,
+    _branched, _looked_up, _embedded, _rolled, _cumulated, _sorted, _written, _placed, _sliced_dynamically,
     _dropped, _ensemble, _blockwise_softmax, _gathered_max, _fourier, _transformed,
     _neighbours,
 )  # fmt: skip

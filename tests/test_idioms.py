@@ -26,6 +26,21 @@ def over_a_name(function, h):
     return jax.vmap(function, axis_name="rows")(h)
 
 
+def outer(h):
+    """A matrix that can be inverted for every channel, shape (6, 4, 4)."""
+    return h.T[:, :, None] * h.T[:, None] + jnp.diag(jnp.arange(1.0, 5))
+
+
+@jax.custom_batching.custom_vmap
+def mapped(h):
+    return jnp.sin(h)
+
+
+@mapped.def_vmap
+def _(size, batched, h):
+    return mapped(h), True
+
+
 # What becomes of hidden channels h (4, 6) before they are summed and multiplied.
 HIDDEN = {
     "filled with a number": lambda h: h.at[OUTSIDE].get(mode="fill", fill_value=1.0),
@@ -64,6 +79,22 @@ HIDDEN = {
     "signs, from bits": lambda h: jnp.copysign(1.0, h) * h + jnp.signbit(h) * jnp.sin(h),
     "bits in pieces": lambda h: (
         h * lax.bitcast_convert_type(lax.bitcast_convert_type(h, jnp.uint16) // 2, jnp.int64).astype(float)
+    ),
+    "draws of a shape of their own": lambda h: h * jax.random.gamma(jax.random.key(0), jax.nn.softplus(h)),
+    "draws of a key for every row": lambda h: (
+        h * jax.vmap(jax.random.gamma)(jax.random.split(jax.random.key(0), 4), jax.nn.softplus(h))
+    ),
+    "draws that add up to one": lambda h: h * jax.random.dirichlet(jax.random.key(0), jax.nn.softplus(h).T).T,
+    "solutions, column by column": lambda h: jax.scipy.linalg.solve_triangular(
+        jnp.tril(X @ X.T) + jnp.eye(4), jnp.cos(h), lower=True
+    ),
+    "solutions, row by row": lambda h: (
+        lax.linalg.triangular_solve(jnp.tril(X @ X.T) + jnp.eye(4), h.T, transpose_a=True).T
+    ),
+    "a matrix for every channel, in factors": lambda h: jnp.linalg.cholesky(outer(h)).sum(1).T,
+    "orthogonal factors of a matrix for every channel": lambda h: jnp.linalg.qr(outer(h))[1].sum(1).T,
+    "a system for every channel": lambda h: (
+        jax.scipy.linalg.solve_triangular(outer(h), h.T[..., None])[..., 0].T
     ),
     "truth values": lambda h: jnp.where(h > 0.2, 1.0, 0.0) + h,
 }

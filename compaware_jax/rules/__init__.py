@@ -12,6 +12,7 @@ from compaware_jax.rules import (
     pieces,
     reductions,
     windows,
+    writing,
 )
 from compaware_jax.rules.registry import REGIONS, RULES, Kept, RegionRule, Rule, Small, register_rule
 
@@ -34,4 +35,5 @@ __all__ = [
     "reductions",
     "register_rule",
     "windows",
+    "writing",
 ]

@@ -15,6 +15,7 @@ from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import cut, missing, scatter
 from compaware_jax.rules.registry import REGIONS, Kept, Read, RegionRule, RunBody, Small
+from compaware_jax.trace import scan_parts, while_parts
 
 
 def _carried(ledger: Ledger, x: Tracked) -> Tracked:
@@ -58,26 +59,8 @@ def _form(x: Tracked) -> set[tuple[tuple[int, ...], bool]]:
 # --- scan ---------------------------------------------------------------------------------------------
 
 
-def _scan_parts(eqn: Equation, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    """Constants, initial carry and sequences.
-
-    Told apart by rank, because the parameters that say it changed between JAX versions: a sequence has an
-    axis more outside the body than inside.
-    """
-    inner = eqn.params["jaxpr"]
-    inner = getattr(inner, "jaxpr", inner)
-    sequences = _ranked(eqn.in_shapes, inner.invars)
-    carry = len(inner.outvars) - _ranked(eqn.out_shapes, inner.outvars)
-    consts = len(inner.invars) - sequences - carry
-    return list(items[:consts]), list(items[consts : consts + carry]), list(items[consts + carry :])
-
-
-def _ranked(outside: Sequence[tuple[int, ...]], inside: Sequence[Any]) -> int:
-    return sum(len(shape) > len(var.aval.shape) for shape, var in zip(outside, inside, strict=True))
-
-
 def _couple_scan(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked], read: Read) -> list[Tracked]:
-    consts, init, xs = _scan_parts(eqn, inputs)
+    consts, init, xs = scan_parts(eqn.source, inputs)
     slices = [_slice(ledger, eqn, x) for x in xs]
 
     def step(carry: list[Tracked]) -> tuple[list[Tracked], list[Tracked]]:
@@ -111,7 +94,7 @@ def _stacked(ledger: Ledger, eqn: Equation, y: Tracked) -> Tracked:
 def _slim_scan(
     eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept], run: RunBody
 ) -> list[jax.Array]:
-    consts, init, xs = _scan_parts(eqn, operands)
+    consts, init, xs = scan_parts(eqn.source, operands)
     targets = [*kept[: len(init)], *(axes[1:] for axes in kept[len(init) :])]
     fixed = [x.array for x in consts]
 
@@ -137,13 +120,8 @@ REGIONS[p.scan_p] = RegionRule(_couple_scan, _slim_scan, lambda eqn: (eqn.params
 # --- while --------------------------------------------------------------------------------------------
 
 
-def _while_parts(eqn: Equation, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-    cond, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    return list(items[:cond]), list(items[cond : cond + body]), list(items[cond + body :])
-
-
 def _couple_while(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked], read: Read) -> list[Tracked]:
-    cond_consts, body_consts, init = _while_parts(eqn, inputs)
+    cond_consts, body_consts, init = while_parts(eqn.source, inputs)
     condition, body = eqn.bodies
 
     def step(carry: list[Tracked]) -> tuple[list[Tracked], None]:
@@ -160,7 +138,7 @@ def _couple_while(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked], read
 def _slim_while(
     eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept], run: RunBody
 ) -> list[jax.Array]:
-    cond_consts, body_consts, init = _while_parts(eqn, operands)
+    cond_consts, body_consts, init = while_parts(eqn.source, operands)
     condition, body = eqn.bodies
 
     # Under vmap there is a condition for each example, along the first axes of all that is carried.

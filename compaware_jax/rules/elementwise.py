@@ -93,7 +93,6 @@ for primitive in (p.log_p, p.rsqrt_p, p.acosh_p, p.lgamma_p, p.digamma_p):
     elementwise(primitive, lambda eqn, zero, uniform: False, singular=(0,))
 for primitive in (
     p.igamma_p, p.igammac_p, p.igamma_grad_a_p, p.zeta_p, p.polygamma_p, p.regularized_incomplete_beta_p,
-    p.random_gamma_p,
 ):  # fmt: skip
     elementwise(primitive, lambda eqn, zero, uniform: False, singular=(0, 1, 2))
 

@@ -1,4 +1,4 @@
-"""Look-ups and updates by index: gather, scatter, dynamic_slice, dynamic_update_slice.
+"""Look-ups by index: gather, dynamic_slice.
 
 Axes taken whole are passed on. Axes that are indexed stay whole, unless the positions are constants of
 the program: then the rule applies the primitive to the array of atoms, as `pieces` does.
@@ -16,7 +16,7 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
 from compaware_jax.program import Equation
-from compaware_jax.rules.arrays import bind, cut, take
+from compaware_jax.rules.arrays import bind, take
 from compaware_jax.rules.families import fixed_elsewhere, freed, passed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
@@ -162,67 +162,7 @@ def _slim_gather(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept])
 register_rule(p.gather_p, _couple_gather, _slim_gather)
 
 
-# --- scatter ------------------------------------------------------------------------------------------
-
-
-def _scatter_axes(eqn: Equation) -> tuple[dict[int, int], dict[int, int]]:
-    """Whole window axes and batching axes of the updates to axes of the operand."""
-    dims = eqn.params["dimension_numbers"]
-    operand, _, updates = eqn.in_shapes
-    windows = [
-        a
-        for a in range(len(operand))
-        if a not in dims.inserted_window_dims and a not in dims.operand_batching_dims
-    ]
-    pairs = zip(dims.update_window_dims, windows, strict=True)
-    whole = {u: a for u, a in pairs if updates[u] == operand[a]}
-    batch = [a for a in range(len(updates)) if a not in dims.update_window_dims]
-    batching = {
-        batch[b]: a
-        for a, b in zip(dims.operand_batching_dims, dims.scatter_indices_batching_dims, strict=True)
-    }
-    return whole, batching
-
-
-def _couple_scatter(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
-    x, indices, updates = inputs
-    whole, batching = _scatter_axes(eqn)
-    passes = whole | batching
-    reason = f"written to by index in {eqn.where}"
-    for factor in indices.factors:
-        ledger.fix(factor.ids, f"an index of {eqn.where}")
-    into = passed(ledger, x, {a: a for a in passes.values()}, reason)
-    written = passed(ledger, updates, passes, reason)
-    # `x.at[i].apply(f)` is a scatter with f in it, and f of zero may be anything.
-    applied = eqn.primitive is p.scatter_p and eqn.params["update_jaxpr"] is not None
-    factors = []
-    for axes, ids, (mine, theirs) in combine(ledger, [tuple(into), tuple(written)]):
-        zero = (x.uniform == 0 if mine is None else mine) and (
-            updates.uniform == 0 if theirs is None else theirs
-        )
-        factors.append(Factor(axes, ids, zero and not applied))
-    factors += fixed_elsewhere(ledger, x.shape, passes.values(), reason)
-    return [Tracked(x.shape, tuple(factors))]
-
-
-def _slim_scatter(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
-    x, indices, updates = operands
-    whole, batching = _scatter_axes(eqn)
-    if any(kept[0][a] is not None for a in batching.values()):
-        return None
-    target: list[np.ndarray | None] = [None] * updates.array.ndim
-    for axis, to in whole.items():
-        target[axis] = kept[0][to]
-    return bind(eqn, [cut(x, kept[0]), indices.array, cut(updates, tuple(target))])
-
-
-for primitive in (p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_min_p, p.scatter_max_p):
-    register_rule(primitive, _couple_scatter, _slim_scatter)
-if hasattr(lax, "scatter_sub_p"):
-    register_rule(lax.scatter_sub_p, _couple_scatter, _slim_scatter)
-
-
-# --- dynamic_slice, dynamic_update_slice --------------------------------------------------------------
+# --- dynamic_slice -----------------------------------------------------------------------------------
 
 
 def _known_start(start: Tracked | Small, size: int, taken: int) -> int | None:
@@ -266,26 +206,3 @@ def _slim_dynamic_slice(
 
 
 register_rule(p.dynamic_slice_p, _couple_dynamic_slice, _slim_dynamic_slice)
-
-
-def _couple_update(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
-    x, update = inputs[:2]
-    passes = {a: a for a, (n, k) in enumerate(zip(x.shape, update.shape, strict=True)) if n == k}
-    reason = f"written to at a position in {eqn.where}"
-    parts = [tuple(passed(ledger, part, passes, reason)) for part in (x, update)]
-    factors = []
-    for axes, ids, flags in combine(ledger, parts):
-        zero = all(
-            part.uniform == 0 if flag is None else flag for flag, part in zip(flags, (x, update), strict=True)
-        )
-        factors.append(Factor(axes, ids, zero))
-    factors += fixed_elsewhere(ledger, x.shape, passes, reason)
-    return [Tracked(x.shape, tuple(factors))]
-
-
-def _slim_update(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
-    x, update, *starts = operands
-    return bind(eqn, [cut(x, kept[0]), cut(update, kept[0]), *(s.array for s in starts)])
-
-
-register_rule(p.dynamic_update_slice_p, _couple_update, _slim_update)

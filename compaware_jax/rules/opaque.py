@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 from jax import lax
 from jax.extend.core import primitives as p
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from compaware_jax.factors import Ledger, Tracked
+from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.placement import dividing
 from compaware_jax.program import Equation
-from compaware_jax.rules.arrays import bind, filled_up
+from compaware_jax.rules.arrays import bind, cut, filled_up
 from compaware_jax.rules.families import fixed_elsewhere, mixed, passed
 from compaware_jax.rules.registry import Kept, Small, primitives_of, register_rule
 
@@ -40,6 +41,24 @@ for primitive in (
     p.rng_bit_generator_p, p.rng_uniform_p, *_WRAPPING,
 ):  # fmt: skip
     register_rule(primitive, _couple_drawn, _slim_whole)
+
+
+def _couple_gamma(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    # One draw per shape parameter, each from its own part of the key: which part depends on all their number.
+    key, shape = inputs
+    _couple_drawn(ledger, eqn, [key])
+    for factor in shape.factors:
+        if factor.zero:
+            ledger.mark_inexact(factor.ids, f"{eqn.where} is singular at zero")
+    return [Tracked(shape.shape, tuple(replace(f, zero=False) for f in shape.factors))]
+
+
+def _slim_gamma(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
+    cut = any(index is not None for x in operands for index in x.kept)
+    return None if cut else bind(eqn, [x.array for x in operands])
+
+
+register_rule(p.random_gamma_p, _couple_gamma, _slim_gamma)
 
 
 # --- handed on ----------------------------------------------------------------------------------------
@@ -103,7 +122,50 @@ for primitive in primitives_of(_shows, jax.ShapeDtypeStruct((2,), "float32")):
     register_rule(primitive, _couple_shown, _slim_whole)
 
 
-# --- whole matrices -----------------------------------------------------------------------------------
+# --- whole matrices, one per index of the axes before --------------------------------------------------
+
+
+def _couple_matrices(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
+    first, *others = inputs
+    batch, reason = range(len(first.shape) - 2), f"{eqn.where} computes from whole matrices"
+    columns = _columns(eqn)
+    parts = [tuple(passed(ledger, first, {a: a for a in batch}, reason))]
+    parts += [tuple(passed(ledger, x, {a: a for a in (*batch, *columns)}, reason)) for x in others]
+    for factor in parts[0]:
+        if factor.zero:
+            ledger.mark_inexact(factor.ids, f"{eqn.where} of a matrix of zeros")
+    solves, factors = eqn.primitive is p.triangular_solve_p, []
+    for axes, ids, flags in combine(ledger, parts):
+        # What solves for zeros is zero.
+        zero = solves and (others[0].uniform == 0 if flags[1] is None else flags[1])
+        factors.append(Factor(axes, ids, bool(zero)))
+    return [
+        Tracked(shape, (*factors, *fixed_elsewhere(ledger, shape, {*batch, *columns}, reason)))
+        for shape in eqn.out_shapes
+    ]
+
+
+def _columns(eqn: Equation) -> tuple[int, ...]:
+    """The axis along which right-hand sides stand that are solved for one by one."""
+    if eqn.primitive is not p.triangular_solve_p:
+        return ()
+    return (len(eqn.in_shapes[1]) - (1 if eqn.params["left_side"] else 2),)
+
+
+def _slim_matrices(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
+    batch, columns = len(eqn.in_shapes[0]) - 2, _columns(eqn)
+    arrays = []
+    for n, x in enumerate(operands):
+        handed_on = {*range(batch), *(columns if n else ())}
+        arrays.append(cut(x, tuple(kept[0][a] if a in handed_on else None for a in range(x.array.ndim))))
+    return bind(eqn, arrays)
+
+
+for primitive in (
+    p.cholesky_p, p.eig_p, p.eigh_p, p.svd_p, p.qr_p, p.lu_p, p.hessenberg_p, p.householder_product_p,
+    p.schur_p, p.triangular_solve_p,
+):  # fmt: skip
+    register_rule(primitive, _couple_matrices, _slim_matrices)
 
 
 def _couple_whole(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
@@ -114,11 +176,11 @@ def _couple_whole(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> l
     return [Tracked(shape, tuple(fixed_elsewhere(ledger, shape, (), reason))) for shape in eqn.out_shapes]
 
 
-for primitive in (
-    p.cholesky_p, p.eig_p, p.eigh_p, p.svd_p, p.qr_p, p.lu_p, p.hessenberg_p, p.householder_product_p,
-    p.schur_p, p.triangular_solve_p, p.tridiagonal_p, p.tridiagonal_solve_p, p.linear_solve_p,
-):  # fmt: skip
+for primitive in (p.tridiagonal_p, p.tridiagonal_solve_p, p.linear_solve_p):
     register_rule(primitive, _couple_whole, _slim_whole)
+
+
+# --- transforms ---------------------------------------------------------------------------------------
 
 
 def _couple_fft(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
