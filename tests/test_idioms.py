@@ -33,7 +33,7 @@ def outer(h):
 
 @jax.custom_batching.custom_vmap
 def mapped(h):
-    return jnp.sin(h)
+    return jnp.cos(h)
 
 
 @mapped.def_vmap
@@ -109,6 +109,16 @@ def test_law(idiom):
     groups = ca.find_groups(apply, VARIABLES, X, strict=True)
     assert groups.units == 6
     assert max(law_errors(apply, VARIABLES, X, keep=KEEP, groups=groups)) <= 1e-10
+
+
+@pytest.mark.parametrize("call", [mapped, lax.composite(jnp.cos, "tests.cos")])
+def test_calls_that_jax_cannot_differentiate(call):
+    def apply(v, x):
+        return call(x @ v["a"]) @ v["b"]
+
+    groups = ca.find_groups(apply, VARIABLES, X, strict=True)
+    assert groups.units == 6
+    assert law_errors(apply, VARIABLES, X, keep=KEEP, groups=groups, gradients=False)[0] <= 1e-10
 
 
 def test_channels_that_stay_zero_run_small():
