@@ -35,16 +35,16 @@ def check_functions(apply: Any, loss: Any, batches: Any) -> None:
             raise RequestError(f"{name} is {type(given).__name__}, expected {what}")
 
 
-def checked_rate(rate: Any, name: str) -> float:
-    """A learning rate as a number.
+def checked_rate(rate: Any, name: str, *, zero: bool = False) -> float:
+    """A learning rate as a number; zero, which trains nothing, only where that is allowed.
 
     Raises:
       RequestError: it is none, or not above zero.
     """
     number = np.asarray(rate) if isinstance(rate, (int, float, np.number, np.ndarray, jax.Array)) else None
-    if number is None or number.shape != () or not 0 < number < np.inf:
+    if number is None or number.shape != () or not (0 < number < np.inf or (zero and number == 0)):
         raise RequestError(
-            f"{name}={rate!r}, expected a finite number above zero: it falls to zero on a cosine. For "
+            f"{name}={rate!r}, expected a finite number above zero: it falls on a cosine. For "
             "another schedule or optimizer, train with a loop of your own; find_plan is the search alone."
         )
     return float(number)

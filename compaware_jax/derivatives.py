@@ -12,6 +12,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Tracked
@@ -103,3 +104,12 @@ def number_of(constant: Any) -> float | None:
     except jax.errors.ConcretizationTypeError:
         return None
     return number.real if number.imag == 0 else None
+
+
+def positions_of(constant: Any) -> np.ndarray | None:
+    """A constant array of integers or flags, where it is one and its value is known."""
+    if isinstance(constant, Tracer):
+        return None
+    dtype = jax.dtypes.result_type(constant)
+    plain = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
+    return np.asarray(constant) if plain else None

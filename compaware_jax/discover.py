@@ -344,7 +344,7 @@ def _names(first_axes: list[tuple[str, int, int]]) -> list[str]:
     modules = []
     for path, _, _ in first_axes:
         keys = path.split("/")
-        keys = keys[1:] if keys[0] in COLLECTIONS else keys
+        keys = keys[1:] if keys[0] in COLLECTIONS and len(keys) > 1 else keys
         modules.append("/".join(keys[:-1]) or keys[-1])
     shared, taken = Counter(modules), Counter[str]()
     names: list[str] = []

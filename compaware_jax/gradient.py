@@ -65,7 +65,7 @@ class GradientSearch:
       steps: number of steps.
       noise: standard deviation of the sampled log counts.
       edge: width of the soft edge as a share of the kept count.
-      learning_rate: of the weights (Adam, cosine to a tenth).
+      learning_rate: of the weights (Adam, cosine to a tenth); with zero they stay as they are.
       travel: the coefficients' Adam learning rate times the steps: about how far, in log share, a
         coefficient can go.
       ramp: share of the steps in which the budget falls, log-linearly, from one to its target.
@@ -91,7 +91,7 @@ class GradientSearch:
                 f"GradientSearch: noise={self.noise}, edge={self.edge}, travel={self.travel}; expected none "
                 "below zero."
             )
-        checked_rate(self.learning_rate, "GradientSearch: learning_rate")
+        checked_rate(self.learning_rate, "GradientSearch: learning_rate", zero=True)
 
     def build(self, problem: Problem) -> Search:
         """The search as pure functions."""

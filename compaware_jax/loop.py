@@ -52,8 +52,8 @@ def run_steps(
       directory: where checkpoints go; None for none.
       job: what identifies the run (JSON values); a checkpoint of another job is refused.
       every: chunks between checkpoints.
-      between: functions of the state, run on the host before the step of that number, or after the last one
-        if there is no such step; they must not change shapes or dtypes. A chunk ends before each.
+      between: functions of the state, run on the host before the step of that number, from 0 on, or after the
+        last one where the number is `steps`; they must not change shapes or dtypes. A chunk ends before each.
       check: called with the state after every chunk and the means of its info; it may raise.
       progress: show a progress bar.
 
@@ -62,9 +62,11 @@ def run_steps(
 
     Raises:
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
-      RequestError: the steps are no whole number.
+      RequestError: the steps are no whole number, or something is to run between steps that there are not.
     """
     steps, between = whole_number(steps, f"{label}: steps"), between or {}
+    if outside := [step for step in between if not 0 <= step <= steps]:
+        raise RequestError(f"{label}: between={outside}, expected numbers of steps from 0 to {steps}.")
     edges = _edges(steps, chunk, between)
     chunks = len(edges) - 1
     open_step, held, (_, shapes) = _opened(step, state, jnp.int32(0))

@@ -6,14 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.extend.core import primitives as p
 
 from compaware_jax.analysis import Analysis, varies
-from compaware_jax.derivatives import derivative_of, flags, identity, is_elementwise, number_of
+from compaware_jax.derivatives import derivative_of, flags, identity, is_elementwise, number_of, positions_of
 from compaware_jax.errors import UnknownPrimitiveError
 from compaware_jax.factors import (
     USUAL,
@@ -162,7 +159,7 @@ class _Propagation:
     def read(self, value: int) -> Tracked:
         if value not in self.values:
             constant = self.constants[value]
-            self.values[value] = Tracked(np.shape(constant), (), number_of(constant), _positions(constant))
+            self.values[value] = Tracked(np.shape(constant), (), number_of(constant), positions_of(constant))
         return self.values[value]
 
     def equation(self, eqn: Equation, inputs: list[Tracked]) -> list[Tracked]:
@@ -296,15 +293,6 @@ def _derivative_is_zero(
 
 def _doubtful(x: Tracked) -> Tracked:
     return Tracked(x.shape, tuple(Factor(f.axes, f.ids, False) for f in x.factors), x.uniform)
-
-
-def _positions(constant: Any) -> np.ndarray | None:
-    """A constant array of integers or flags, where its value is known."""
-    if isinstance(constant, Tracer):
-        return None
-    dtype = jax.dtypes.result_type(constant)
-    plain = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
-    return np.asarray(constant) if plain else None
 
 
 def _solve(ledger: Ledger, joint: Iterable[Factor]) -> Solution:

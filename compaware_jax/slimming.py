@@ -21,7 +21,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import primitives as p
 
 from compaware_jax.analysis import Analysis
-from compaware_jax.derivatives import derivative_of
+from compaware_jax.derivatives import derivative_of, positions_of
 from compaware_jax.factors import Factor, Tracked
 from compaware_jax.placement import dividing, explicit
 from compaware_jax.program import Block, Checkpoint, Equation
@@ -174,8 +174,8 @@ class _Run:
         return None
 
     def known(self, value: int) -> np.ndarray | None:
-        constant = self.analysis.program.constants.get(value)
-        return constant if isinstance(constant, np.ndarray) else None
+        constants = self.analysis.program.constants
+        return positions_of(constants[value]) if value in constants else None
 
     def region(self, eqn: Equation, operands: list[Small], kept: list[Kept]) -> list[jax.Array] | None:
         """A loop or branch: its bodies run small, or all of it un-cut."""
@@ -242,7 +242,7 @@ class _Run:
             return self.call_with_backward(eqn, body, operands, kept)
         if eqn.primitive is not p.custom_jvp_call_p:
             return None
-        analysis, alive = self.analysis, self.alive
+        analysis, alive, nested = self.analysis, self.alive, self.nested
 
         @cache
         def derivative() -> _Derivative:
@@ -250,7 +250,7 @@ class _Run:
 
         @jax.custom_jvp
         def call(*arrays: jax.Array) -> list[jax.Array]:
-            return _Run(analysis, alive).block(body, arrays)
+            return _Run(analysis, alive, nested=nested).block(body, arrays)
 
         @call.defjvp
         def _(primals: Any, tangents: Any) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -260,7 +260,7 @@ class _Run:
         try:
             # A rule may call its own function, so inside a rule the next derivative is not looked at
             # before somebody takes it.
-            jax.eval_shape(call if self.nested else partial(_jvp_of_zeros, call), *arrays)
+            jax.eval_shape(call if nested else partial(_jvp_of_zeros, call), *arrays)
         except (_OutOfReachError, _InseparableError):
             return None
         return call(*arrays)
@@ -274,7 +274,7 @@ class _Run:
         """
         if not all(map(self.is_scattered, eqn.inputs)):
             return None
-        analysis, alive = self.analysis, self.alive
+        analysis, alive, nested = self.analysis, self.alive, self.nested
         places = [(self.kept(v), analysis.program.avals[v].shape) for v in eqn.inputs]
         # What the function closed over comes first; it has no derivative, and to ask for it is an error.
         outside = eqn.params["num_consts"]
@@ -282,7 +282,7 @@ class _Run:
 
         @jax.custom_vjp
         def call(*arrays: jax.Array) -> list[jax.Array]:
-            return _Run(analysis, alive).block(body, [*closed, *arrays])
+            return _Run(analysis, alive, nested=nested).block(body, [*closed, *arrays])
 
         def un_cut(*arrays: jax.Array) -> list[jax.Array]:
             small = zip([*closed, *arrays], places, strict=True)

@@ -199,6 +199,8 @@ def _templates(plan: Plan, full: bool) -> _Templates:
     result: _Templates = {}
     for prefix in prefixes:
         inside = [i for i, leaf in enumerate(plan.leaves) if leaf.path.startswith(prefix)]
+        if not inside:
+            continue  # A leaf with the name of a collection, not a collection.
         paths = tuple(plan.leaves[i].path[len(prefix) :] for i in inside)
         shapes = [plan.leaves[i].shape if full else plan.small_shape(i) for i in inside]
         result.setdefault(paths, []).append((inside, shapes))

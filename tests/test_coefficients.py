@@ -225,3 +225,16 @@ def test_a_loss_of_zero_leaves_the_criteria(trained):
     criterion = ca.at_most("x", lambda f, v, b: v, 1.0)
     value = constrained(lambda f, v, b: 0.0 * v, [criterion])
     assert jax.grad(lambda v: value(lambda v: v, v, None, jnp.zeros(1))[0])(3.0) > 0
+
+
+def test_weights_that_stay_as_they_are(trained):
+    """Coefficients alone: the weights' learning rate is zero."""
+    variables, groups = trained
+    found = ca.find_plan(
+        tasks.apply, variables, tasks.loss, tasks.batches, groups=groups, budget=ca.params(0.5),
+        search=ca.GradientSearch(steps=20, learning_rate=0.0), progress=False,
+    )  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
+    assert found.coefficients.min() < 0.9
+    with pytest.raises(RequestError, match="above zero"):
+        ca.GradientSearch(learning_rate=-1.0)

@@ -8,11 +8,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.extend.core import Primitive
 
 import compaware_jax as ca
-from compaware_jax.errors import RequestError, TraceError, UnknownPrimitiveError
+from compaware_jax.errors import PlanError, RequestError, TraceError, UnknownPrimitiveError
 from compaware_jax.law import law_errors, random_keep
 from compaware_jax.models import autoencoder
 from tests.models import MODELS
@@ -255,3 +256,14 @@ def test_boundary_where_data_and_channels_meet():
     ]
     keep = np.array([[1, 0, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1], [0, 1, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0]], bool)
     assert max(law_errors(apply, variables, x, keep=keep, groups=groups)) <= 1e-10
+
+
+def test_leaves_with_the_names_of_collections():
+    """A leaf `params` or `state` at the top is a leaf."""
+    variables = {"params": jnp.ones((3, 8)), "state": jnp.ones(8), "b": jnp.ones((8, 2))}
+    groups = ca.find_groups(lambda v, x: (x @ v["params"] + v["state"]) @ v["b"], variables, jnp.ones((1, 3)))
+    assert [(g.name, g.units) for g in groups.groups] == [("params", 8)]
+    plan = ca.plan_units(groups, jnp.arange(8) < 3)
+    assert ca.shrink(variables, plan)["state"].shape == (3,)
+    with pytest.raises(PlanError):
+        ca.shrink((optax.EmptyState(), {"foo": jnp.ones((3, 8))}), plan)

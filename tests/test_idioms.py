@@ -121,6 +121,48 @@ def test_calls_that_jax_cannot_differentiate(call):
     assert law_errors(apply, VARIABLES, X, keep=KEEP, groups=groups, gradients=False)[0] <= 1e-10
 
 
+START = jnp.uint32(2)  # An array of JAX, closed over: of unsigned integers nothing is folded on the way.
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        lambda h: lax.dynamic_slice(h, (jnp.uint32(0), START), (4, 3)) @ jnp.ones((3, 6)) + h,
+        lambda h: lax.dynamic_update_slice(h, jnp.cos(h[:, :3]), (jnp.uint32(0), START)),
+    ],
+)
+def test_positions_that_are_arrays_of_jax(moved):
+    def apply(v, x):
+        h = moved(x @ v["a"])
+        return h @ v["b"], jnp.cos(h).sum(1)
+
+    groups = ca.find_groups(apply, VARIABLES, X, strict=True)
+    keep = np.stack([random_keep(groups, RNG) for _ in range(4)])
+    assert max(law_errors(apply, VARIABLES, X, keep=keep, groups=groups)) <= 1e-10
+
+
+@jax.custom_jvp
+def first(x):
+    return jnp.sin(x) * x
+
+
+@jax.custom_jvp
+def second(x):
+    return first(x) * 2
+
+
+first.defjvp(lambda x, t: (first(*x), t[0] * second(*x)))
+second.defjvp(lambda x, t: (second(*x), t[0] * jnp.cos(*x)))
+
+
+def test_derivative_rules_that_call_each_other():
+    def apply(v, x):
+        return first(x @ v["a"]) @ v["b"]
+
+    groups = ca.find_groups(apply, VARIABLES, X, strict=True)
+    assert max(law_errors(apply, VARIABLES, X, keep=KEEP, groups=groups)) <= 1e-10
+
+
 def test_channels_that_stay_zero_run_small():
     """What is filled with zero, or, by default, with no number at computed places, costs no full width."""
     for how in ({"mode": "fill", "fill_value": 0.0}, {}):

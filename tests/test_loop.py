@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compaware_jax.errors import CheckpointError
+from compaware_jax.errors import CheckpointError, RequestError
 from compaware_jax.loop import run_once, run_steps
 
 
@@ -162,3 +162,9 @@ def test_data_around_the_step_are_no_part_of_the_program(no_constants):
     state, _ = run_steps(take, jnp.float32(0), 3, label="test", progress=False)
     assert float(state) == 24.0
     assert float(run_once(lambda x: take(x, 1)[0], jnp.float32(0))) == 8.0
+
+
+@pytest.mark.parametrize("place", [-1, 21])
+def test_between_steps_that_there_are_not(place):
+    with pytest.raises(RequestError, match=rf"between=\[{place}\], expected numbers of steps from 0 to 20"):
+        run_steps(lambda s, i: (s, {}), 0.0, 20, label="x", between={place: lambda s: s}, progress=False)

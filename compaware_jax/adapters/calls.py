@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
+
+from compaware_jax.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -40,3 +42,14 @@ def hashable(*values: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def with_updates(plan: Plan, leaf: str) -> Plan:
+    """A plan for a call that gives (output, updates of the state at a leaf's path).
+
+    One found on such a call names its outputs that way already; otherwise the function gave the output alone.
+    """
+    if plan.states:
+        return plan
+    released = tuple(f"0/{path}" if path else "0" for path in plan.released)
+    return replace(plan, released=released, states=(("1", leaf),))

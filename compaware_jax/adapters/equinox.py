@@ -8,7 +8,6 @@ loss, ``jax.vmap(slimmed(model, plan))(batch)``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +21,7 @@ except ImportError as error:
     ) from error
 
 from compaware_jax.adapters import equinox_loops  # noqa: F401  (registers rules)
-from compaware_jax.adapters.calls import Static, hashable, split_arrays
+from compaware_jax.adapters.calls import Static, hashable, split_arrays, with_updates
 from compaware_jax.adapters.rebuilt import compare
 from compaware_jax.errors import TraceError
 from compaware_jax.plan import Plan
@@ -209,9 +208,7 @@ def _small_call(static: Static, place: int | None, plan: Plan) -> Callable[..., 
         return eqx.combine(params, rest)(*args, **kwargs)
 
     if place is not None:
-        # The call gives (output, new state), where the plan's function gives the output.
-        released = tuple(f"0/{path}" if path else "0" for path in plan.released)
-        plan = replace(plan, released=released, states=(("1", "state"),))
+        plan = with_updates(plan, "state")
     return slim(call, plan)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from compaware_jax.adapters.calls import Static, hashable, split_arrays
+from compaware_jax.adapters.calls import Static, hashable, split_arrays, with_updates
 from compaware_jax.adapters.nnx_layers import update_attributes
 from compaware_jax.adapters.rebuilt import compare
 from compaware_jax.errors import TraceError
@@ -217,8 +216,7 @@ def _small_call(graphdef: Any, static: Static, plan: Plan) -> Callable[..., Any]
                     changed[path] = leaf
         return output, nnx.traversals.unflatten_mapping(changed)
 
-    released = tuple(f"0/{path}" if path else "0" for path in plan.released)
-    return slim(call, replace(plan, released=released, states=(("1", ""),)))
+    return slim(call, with_updates(plan, ""))
 
 
 _cached = lru_cache(maxsize=64)(_small_call)

@@ -197,7 +197,10 @@ def _slim_dynamic_slice(
     for axis, index in enumerate(x.kept):
         if index is None:
             continue
-        start = _known_start(starts[axis], eqn.in_shapes[0][axis], sizes[axis]) or 0
+        whole = sizes[axis] == eqn.in_shapes[0][axis]
+        start = 0 if whole else _known_start(starts[axis], eqn.in_shapes[0][axis], sizes[axis])
+        if start is None:
+            return None
         places = np.flatnonzero((index >= start) & (index < start + sizes[axis]))
         array = take(array, [places if a == axis else None for a in range(array.ndim)])
         sizes[axis] = len(places)

@@ -270,3 +270,25 @@ def test_what_sow_gathers_is_passed_over(x64):
         assert distance(adapter.slimmed(model, plan)(x), expected) <= TIGHT
         assert distance(adapter.smaller(model, plan, x)(x), expected) <= TIGHT
         model(x)
+
+
+def test_a_plan_of_the_mode_that_returns_updates():
+    """Found with a released output beside the updates, it fits the module."""
+
+    class Two(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = nnx.Linear(3, 6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+            self.norm = nnx.BatchNorm(6, use_running_average=True, rngs=rngs)
+
+        def __call__(self, x):
+            hidden = self.norm(self.a(x))
+            return {"hidden": hidden, "y": self.b(jnp.tanh(hidden))}
+
+    model, x = Two(nnx.Rngs(0)), images(2, 3)
+    apply, variables = adapter.functional(model, updates=True)
+    groups = ca.find_groups(apply, variables, x, released=("0/hidden",), state_outputs={"1": ""})
+    plan = ca.plan_units(groups, np.arange(6) % 2 == 0)
+    expected, _ = ca.slim(apply, plan)(ca.shrink(variables, plan), x)
+    got = adapter.slimmed(model, plan)(x)
+    assert got["hidden"].shape == (2, 3)
+    assert distance(got, expected) <= TIGHT
