@@ -43,8 +43,9 @@ def checked_rate(rate: Any, name: str, *, zero: bool = False) -> float:
     """
     number = np.asarray(rate) if isinstance(rate, (int, float, np.number, np.ndarray, jax.Array)) else None
     if number is None or number.shape != () or not (0 < number < np.inf or (zero and number == 0)):
+        least = "zero or above" if zero else "above zero"
         raise RequestError(
-            f"{name}={rate!r}, expected a finite number above zero: it falls on a cosine. For "
+            f"{name}={rate!r}, expected a finite number, {least}: it falls on a cosine. For "
             "another schedule or optimizer, train with a loop of your own; find_plan is the search alone."
         )
     return float(number)

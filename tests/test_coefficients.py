@@ -236,5 +236,5 @@ def test_weights_that_stay_as_they_are(trained):
     )  # fmt: skip
     jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
     assert found.coefficients.min() < 0.9
-    with pytest.raises(RequestError, match="above zero"):
+    with pytest.raises(RequestError, match="zero or above"):
         ca.GradientSearch(learning_rate=-1.0)

@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut
-from compaware_jax.rules.families import elementwise, fixed_elsewhere, passed
+from compaware_jax.rules.families import elementwise, fixed_elsewhere, is_zero, passed
 from compaware_jax.rules.registry import Kept, Small, primitives_of, register_rule
 
 # --- what must not differ among the examples of a vmap ---------------------------------------------------
@@ -86,8 +86,7 @@ def _couple_set(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
     factors = []
     handed_on = [tuple(passed(ledger, x, to, reason)) for x, to in zip(parts, rows, strict=True)]
     for axes, ids, flags in combine(ledger, handed_on):
-        zero = [x.uniform == 0 if flag is None else flag for flag, x in zip(flags, parts, strict=True)]
-        factors.append(Factor(axes, ids, all(zero)))
+        factors.append(Factor(axes, ids, all(map(is_zero, parts, flags))))
     factors += fixed_elsewhere(ledger, shape, set(rows[0].values()) | set(rows[1].values()), reason)
     return [Tracked(shape, tuple(factors))]
 

@@ -14,6 +14,7 @@ from jax.extend.core import primitives as p
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import cut, missing, scatter
+from compaware_jax.rules.families import is_zero
 from compaware_jax.rules.registry import REGIONS, Kept, Read, RegionRule, RunBody, Small
 from compaware_jax.trace import scan_parts, while_parts
 
@@ -33,8 +34,7 @@ def _joined(ledger: Ledger, xs: Sequence[Tracked]) -> Tracked:
     """What holds of a value that is one of several, all of one shape."""
     factors = []
     for axes, ids, flags in combine(ledger, [x.factors for x in xs]):
-        zero = all(x.uniform == 0 if flag is None else flag for flag, x in zip(flags, xs, strict=True))
-        factors.append(Factor(axes, ids, zero))
+        factors.append(Factor(axes, ids, all(map(is_zero, xs, flags))))
     uniform = {x.uniform for x in xs}
     return Tracked(xs[0].shape, tuple(factors), uniform.pop() if len(uniform) == 1 else None)
 

@@ -164,3 +164,13 @@ def freed(
         axes = tuple(a for pos, a in enumerate(factor.axes) if pos not in single)
         result.append(Factor(axes, ids, factor.zero))
     return Tracked(shape, tuple(result), uniform)
+
+
+def is_zero(x: Tracked, flag: bool | None) -> bool:
+    """Whether dead positions of a value are zero, by a flag of `combine`; None: no factor is there."""
+    return x.uniform == 0 if flag is None else flag
+
+
+def known_start(start: Tracked | Small, size: int, taken: int) -> int | None:
+    """Where a slice of an axis begins, moved inside as JAX does, if the trace shows it."""
+    return None if start.known is None else int(np.clip(start.known, 0, size - taken))

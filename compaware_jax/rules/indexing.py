@@ -17,7 +17,7 @@ from jax.extend.core import primitives as p
 from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, take
-from compaware_jax.rules.families import fixed_elsewhere, freed, passed
+from compaware_jax.rules.families import fixed_elsewhere, freed, known_start, passed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
 # Beyond this many elements a static look-up is not followed position by position.
@@ -165,14 +165,10 @@ register_rule(p.gather_p, _couple_gather, _slim_gather)
 # --- dynamic_slice -----------------------------------------------------------------------------------
 
 
-def _known_start(start: Tracked | Small, size: int, taken: int) -> int | None:
-    return None if start.known is None else int(np.clip(start.known, 0, size - taken))
-
-
 def _couple_dynamic_slice(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
     x, *starts = inputs
     sizes = eqn.params["slice_sizes"]
-    known = [_known_start(s, n, k) for s, n, k in zip(starts, x.shape, sizes, strict=True)]
+    known = [known_start(s, n, k) for s, n, k in zip(starts, x.shape, sizes, strict=True)]
     passes = {
         a: a for a, (s, n, k) in enumerate(zip(known, x.shape, sizes, strict=True)) if n == k or s is not None
     }
@@ -198,7 +194,7 @@ def _slim_dynamic_slice(
         if index is None:
             continue
         whole = sizes[axis] == eqn.in_shapes[0][axis]
-        start = 0 if whole else _known_start(starts[axis], eqn.in_shapes[0][axis], sizes[axis])
+        start = 0 if whole else known_start(starts[axis], eqn.in_shapes[0][axis], sizes[axis])
         if start is None:
             return None
         places = np.flatnonzero((index >= start) & (index < start + sizes[axis]))

@@ -14,7 +14,7 @@ from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.placement import dividing
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut, filled_up
-from compaware_jax.rules.families import fixed_elsewhere, mixed, passed
+from compaware_jax.rules.families import fixed_elsewhere, is_zero, mixed, passed
 from compaware_jax.rules.registry import Kept, Small, primitives_of, register_rule
 
 # --- random bits: drawn at full width, cut where they are used ----------------------------------------
@@ -137,8 +137,7 @@ def _couple_matrices(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -
     solves, factors = eqn.primitive is p.triangular_solve_p, []
     for axes, ids, flags in combine(ledger, parts):
         # What solves for zeros is zero.
-        zero = solves and (others[0].uniform == 0 if flags[1] is None else flags[1])
-        factors.append(Factor(axes, ids, bool(zero)))
+        factors.append(Factor(axes, ids, solves and is_zero(others[0], flags[1])))
     return [
         Tracked(shape, (*factors, *fixed_elsewhere(ledger, shape, {*batch, *columns}, reason)))
         for shape in eqn.out_shapes

@@ -18,7 +18,7 @@ from jax.extend.core import primitives as p
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut, take
-from compaware_jax.rules.families import fixed_elsewhere, passed
+from compaware_jax.rules.families import fixed_elsewhere, is_zero, known_start, passed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
 
@@ -64,7 +64,7 @@ def _couple(
     written = passed(ledger, update, passes, reason, [f for _, f in along if f])
     factors = []
     for axes, ids, (mine, theirs) in combine(ledger, [tuple(into), tuple(written)]):
-        factors.append(Factor(axes, ids, _is_zero(x, mine) and _is_zero(update, theirs)))
+        factors.append(Factor(axes, ids, is_zero(x, mine) and is_zero(update, theirs)))
     if writes is None:
         return factors + fixed_elsewhere(ledger, x.shape, passes.values(), reason)
     whole = [len(np.unique(w.places)) == x.shape[w.axis] for w in places]
@@ -75,7 +75,7 @@ def _couple(
         if all(ledger.all_fixed(f.ids) for f in tracked):
             factors += fixed_elsewhere(ledger, x.shape, {*range(len(x.shape))} - {write.axis}, reason)
             continue
-        zero = [_is_zero(x, mine and mine.zero), _is_zero(update, theirs and theirs.zero)]
+        zero = [is_zero(x, mine and mine.zero), is_zero(update, theirs and theirs.zero)]
         ids = (ledger.fresh(size) if mine is None else mine.ids).copy()
         if theirs is not None:
             if replaces and all(whole[:n] + whole[n + 1 :]):
@@ -89,10 +89,6 @@ def _couple(
 def _alone(x: Tracked, axis: int | None) -> Factor | None:
     """The factor on this axis alone, if there is one."""
     return next((f for f in x.factors if f.axes == (axis,)), None)
-
-
-def _is_zero(x: Tracked, flag: bool | None) -> bool:
-    return x.uniform == 0 if flag is None else flag
 
 
 def _slim(
@@ -237,9 +233,9 @@ def _update_writes(
     writes = []
     for axis, start in enumerate(starts):
         if axis not in covered:
-            if start.known is None:
+            first = known_start(start, operand[axis], update[axis])
+            if first is None:
                 return covered, None
-            first = int(np.clip(start.known, 0, operand[axis] - update[axis]))
             writes.append(Write(axis, axis, first + np.arange(update[axis])))
     return covered, writes
 
