@@ -30,7 +30,7 @@ def test_end_to_end(trained):
     assert np.isfinite(result.history["fine-tune"]["loss"]).all()
 
 
-def test_better_than_uniform_widths_at_a_small_budget(trained):
+def test_the_bottleneck_stays_at_a_small_budget(trained):
     """The latent must stay: uniform pruning halves it, the search does not."""
     result = tasks.compress(trained, criteria=[], budget=ca.params(0.4), fine_tune=300)
     counts = {name: kept for name, kept, _ in result.plan.counts}
