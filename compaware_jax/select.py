@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -50,8 +52,9 @@ def round_counts(
 ) -> Int[np.ndarray, " groups"]:
     """Whole counts in the coefficients' proportions, as close below a limit as units allow.
 
-    All coefficients are scaled by a common factor to the largest counts that fit; single units, then
-    exchanges of one unit for another, fill what rounding left.
+    All coefficients are scaled by a common factor to the limit. Groups of which one step is a large part of
+    it are settled first, as near to their share as can be; the others are scaled to what is left, to the
+    largest counts that fit. Single steps, then exchanges of one step for another, fill what that left.
 
     Args:
       cost: what is limited.
@@ -65,41 +68,99 @@ def round_counts(
     Raises:
       BudgetError: the floors cost more than the limit.
     """
-    units = cost.units
     floor = cost.least if floor is None else np.clip(floor, cost.least, cost.most)
     if not np.isfinite(coefficients).all():
         raise BudgetError(
             f"round_counts: coefficients are {coefficients}, expected finite shares. The search diverged; "
             "lower its learning rate."
         )
-    share = np.asarray(coefficients, float) * units
+    share = np.asarray(coefficients, float) * cost.units
     if cost.exact(floor) > limit:
         raise BudgetError(
             f"round_counts: the least counts cost {cost.exact(floor)} {cost.name}, more than the limit "
             f"{limit}. Raise the budget or lower the floors."
         )
+    settled, low, high = _settled(cost, share, limit, floor)
 
-    def scaled(factor: float) -> np.ndarray:
-        return _allowed(cost, np.clip(np.floor(factor * share + 0.5), floor, cost.most).astype(int), floor)
+    def rounded(scaled: np.ndarray) -> np.ndarray:
+        nearest = np.floor(np.clip(scaled, low, high) + 0.5).astype(int)
+        return np.where(settled, low, np.maximum(_whole_steps(cost, nearest), low))
 
-    low, high = 0.0, float(np.max(units / np.maximum(share, 1e-9))) + 1.0
+    wanted = _largest(share, cost, lambda scaled: cost.exact(rounded(scaled)) <= limit)
+    return _fill(cost, rounded(wanted), wanted, limit, floor, settled)
+
+
+def _whole_steps(cost: Cost, counts: np.ndarray) -> np.ndarray:
+    """Counts rounded down to multiples of the steps, where they are not whole groups."""
+    return np.where(counts >= cost.units, cost.units, counts // cost.step * cost.step)
+
+
+def _largest(share: np.ndarray, cost: Cost, fits: Callable[[np.ndarray], bool]) -> np.ndarray:
+    """The shares, scaled by the largest common factor that fits."""
+    low, high = 0.0, float(np.max(cost.units / np.maximum(share, 1e-9))) + 1.0
     for _ in range(100):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if cost.exact(scaled(middle)) <= limit else (low, middle)
-    return _fill(cost, scaled(low), low * share, limit, floor)
+        low, high = (middle, high) if fits(middle * share) else (low, middle)
+    return low * share
 
 
-def _allowed(cost: Cost, counts: np.ndarray, floor: np.ndarray) -> np.ndarray:
-    """Counts rounded down to multiples of the steps, where they are not whole groups."""
-    multiples = np.where(counts >= cost.units, cost.units, counts // cost.step * cost.step)
-    return np.maximum(multiples, floor)
+# A step of a smaller part of the limit is fine: whatever its rounding leaves, other groups can take.
+_COARSE = 0.02
+
+# So many coarse groups at a time are settled together, by all their ways to round.
+_TOGETHER = 10
+
+# For coarse groups to be rounded up, all others may shrink to this part of their share.
+_YIELD = 0.25
+
+
+def _settled(
+    cost: Cost, share: np.ndarray, limit: int, floor: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which groups are coarse, and bounds of all counts, which settle those.
+
+    A fine group can take up what a coarse one leaves, not the other way round. So of all ways to round the
+    coarse ones up or down, within the limit while the others yield some of their share, the nearest is taken:
+    in the log of the count, weighted by what the group costs. The coarsest groups come first.
+    """
+    settled, low, high = np.zeros(len(share), bool), floor.copy(), cost.most.copy()
+    while True:
+        wanted = np.clip(
+            _largest(share, cost, lambda scaled: _soft(cost, np.clip(scaled, low, high)) <= limit), low, high
+        )
+        below = np.clip((np.ceil(wanted / cost.step).astype(int) - 1) * cost.step, low, high)
+        above = np.clip(below + cost.step, low, high)
+        step = _soft(cost, wanted + np.diag(cost.step)) - _soft(cost, wanted)
+        coarse = np.flatnonzero(~settled & (above > below) & (step >= _COARSE * limit))
+        if not len(coarse):
+            return settled, low, high
+        coarse = coarse[np.argsort(-step[coarse], kind="stable")][:_TOGETHER]
+        up = np.array(list(itertools.product((False, True), repeat=len(coarse))))
+        ways = np.where(up, above[coarse], below[coarse])
+        trials = np.tile(np.clip(np.minimum(below, _YIELD * wanted), low, high), (len(ways), 1))
+        trials[:, coarse] = ways
+        # Down to none is as far as to a quarter of a unit, which is where the search would take it.
+        log = np.log(np.maximum(ways, 0.25)) - np.log(np.maximum(wanted[coarse], 0.25))
+        far = log**2 @ (step * wanted / cost.step)[coarse]
+        nearest = ways[np.argmin(np.where(_soft(cost, trials) <= limit, far, np.inf))]
+        settled[coarse] = True
+        low[coarse] = high[coarse] = nearest
+
+
+def _soft(cost: Cost, counts: np.ndarray) -> Any:
+    """The cost of counts that need not be whole, on the host: shape (..., groups) to (...)."""
+    sizes = cost.base + counts @ cost.per_unit.T
+    return np.prod(sizes[..., cost.terms], axis=-1) @ cost.weights
 
 
 # Exchanges are tried between the groups whose units are cheapest: they fill what is left best.
 _EXCHANGED = 40
 
 
-def _fill(cost: Cost, counts: np.ndarray, wanted: np.ndarray, limit: int, floor: np.ndarray) -> np.ndarray:
+def _fill(
+    cost: Cost, counts: np.ndarray, wanted: np.ndarray, limit: int, floor: np.ndarray, settled: np.ndarray
+) -> np.ndarray:
+    """Counts that spend more of the limit, those that are settled last."""
     groups = range(len(counts))
 
     def up(counts: np.ndarray, g: int) -> np.ndarray:
@@ -126,12 +187,14 @@ def _fill(cost: Cost, counts: np.ndarray, wanted: np.ndarray, limit: int, floor:
     while True:
         single = [g for g in groups if fits(up(counts, g))]
         if single:
-            counts = up(counts, max(single, key=lambda g: (wanted[g] - counts[g]) / cost.units[g]))
+            counts = up(
+                counts, max(single, key=lambda g: (not settled[g], (wanted[g] - counts[g]) / cost.units[g]))
+            )
             continue
         if cost.exact(counts) >= 0.999 * limit:
             return counts
-        rising = cheapest({g: up(counts, g) for g in groups})
-        falling = cheapest({g: down(counts, g) for g in groups})
+        rising = cheapest({g: up(counts, g) for g in groups if not settled[g]})
+        falling = cheapest({g: down(counts, g) for g in groups if not settled[g]})
         better = [new for a in rising for b in falling if a != b and fits(new := down(up(counts, a), b))]
         if not better:
             return counts

@@ -38,15 +38,14 @@ def test_rounding_meets_the_budget(dense_groups, fraction, shares, kind):
     assert 0.995 * limit <= cost.exact(counts) <= limit
 
 
-def chain(layers, width):
+def chain(*sizes):
     def apply(variables, x):
         for w in variables:
             x = jnp.tanh(x @ w)
         return x
 
-    sizes = [8, *[width] * layers, 8]
     shapes = [jax.ShapeDtypeStruct(pair, jnp.float32) for pair in itertools.pairwise(sizes)]
-    return ca.find_groups(apply, shapes, jnp.ones((1, 8)))
+    return ca.find_groups(apply, shapes, jnp.ones((1, sizes[0])))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -57,7 +56,7 @@ def chain(layers, width):
     whole=st.integers(0, 4),
 )
 def test_rounding_meets_the_budget_in_steps(shares, fraction, step, whole):
-    groups = chain(8, 64)
+    groups = chain(8, *[64] * 8, 8)
     names = [group.name for group in groups.groups]
     groups = ca.constrain(groups, multiple_of=step, whole=names[:whole], floor={names[-1]: 11})
     cost = parameter_cost(groups)
@@ -72,8 +71,31 @@ def test_rounding_meets_the_budget_in_steps(shares, fraction, step, whole):
         assert cost.exact(counts + step * (np.arange(8) == g)) > limit
 
 
+@pytest.mark.parametrize(
+    ("sizes", "step", "fraction", "shares", "expected"),
+    [
+        # Three units of the first layer, and all of the second, lose 0.06 of the digits' accuracy.
+        ((784, 128, 64, 10), 1, 0.03, (3.7, 23.2), (4, 9)),
+        ((784, 96, 48, 64, 10), 1, 0.03, (2.7, 11.9, 16.4), (3, 4, 10)),
+        # Both ends together: one after the other would have chosen the first, and fail.
+        ((784, 256, 128, 256, 784), 16, 0.1, (23.9, 55.8, 30.8), (16, 128, 32)),
+        ((784, 256, 128, 256, 784), 32, 0.3, (69.9, 128.0, 83.0), (64, 128, 64)),
+        # What is cheap may yield, but not to nothing: here seven units of the first layer would leave it two.
+        ((784, 128, 64, 10), 1, 0.0507, (6.8, 23.0), (6, 51)),
+    ],
+)
+def test_coarse_groups_are_rounded_to_the_nearest(sizes, step, fraction, shares, expected):
+    """The expensive ones first, together; then what is cheap takes what is left."""
+    groups = ca.constrain(chain(*sizes), multiple_of=step)
+    cost = parameter_cost(groups)
+    limit = int(fraction * cost.total)
+    counts = round_counts(cost, np.array(shares) / groups.sizes, limit)
+    assert cost.exact(counts) <= limit
+    assert tuple(counts) == expected
+
+
 def test_whole_groups_leave_room_for_exchanges():
-    groups = chain(64, 64)
+    groups = chain(8, *[64] * 64, 8)
     names = [group.name for group in groups.groups]
     cost = parameter_cost(ca.constrain(groups, whole=names[:60], multiple_of=8))
     limit = int(0.971 * cost.total)
