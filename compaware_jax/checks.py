@@ -16,6 +16,11 @@ from compaware_jax.objective import Batches, Loss, trainable, updated, value_and
 from compaware_jax.paths import named_leaves
 from compaware_jax.trace import trace
 
+ASKED = (
+    "It is called as f(apply, variables, batch) with the dense, the masked and the small model, and has to "
+    "use that `apply` and those `variables`, not the dense model around it."
+)
+
 _RESIDENT = "data.resident makes such a function of arrays that fit the device."
 
 
@@ -95,7 +100,8 @@ def check_batches(batches: Batches, caller: str) -> None:
             "function that takes its batch by JAX, such as array[index] of a jax.Array; a generator needs "
             f"jax.pure_callback. {_RESIDENT}"
         ) from error
-    if program.leaves_read():
+    by_step = bool(program.leaves_read())
+    if by_step and not any("callback" in e.primitive.name for e in program.block.equations):
         return
     # One batch for all steps is fine, where it is meant.
     first, second, again = (digest(batches(step)) for step in (*steps, steps[0]))
@@ -104,7 +110,7 @@ def check_batches(batches: Batches, caller: str) -> None:
             f"{caller}: batches(0) gives another batch each time, expected a pure function of the step: a "
             f"resumed run would see other data. {_RESIDENT}"
         )
-    if first != second:
+    if first != second and not by_step:
         raise RequestError(
             f"{caller}: compiled, batches gives the same batch at every step: what tells them apart is not "
             f"computed from the step by JAX. Expected e.g. jax.random.fold_in(key, step). {_RESIDENT}"
@@ -125,12 +131,21 @@ def check_objective(
     def first(variables: Any, batch: Any) -> Any:
         return value_and_updates(loss, apply, variables, batch)[0]
 
-    value = jax.eval_shape(first, variables, batch)
+    try:
+        value = jax.eval_shape(first, variables, batch)
+    except CompawareError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"{caller}: the loss fails ({gist(error)}). It is called as loss(apply, variables, batch), the "
+            "batch as batches(step) returns it, and compiled: numpy and float() have no place in it."
+        ) from error
     _check_number(value, f"{caller}: the loss", TraceError)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TraceError(f"{caller}: the loss is of {value.dtype}, expected a floating-point number.")
     for criterion in trainable(criteria):
         check_metric(criterion, apply, variables, batch, caller, "a training batch")
+        _check_gradient(criterion, apply, variables, batch, caller)
 
 
 def check_metric(
@@ -159,6 +174,33 @@ def check_metric(
             "batches, or has no gradient, needs trainable=False: it is asked of held_out alone."
         ) from error
     _check_number(value, name, CriterionError)
+
+
+def _check_gradient(criterion: Criterion, apply: Any, variables: Any, batch: Any, caller: str) -> None:
+    """Refuse to train by a metric that has no gradient, such as a count of hits."""
+
+    def value(variables: Any, batch: Any) -> jax.Array:
+        return jnp.asarray(criterion.metric(apply, variables, batch), float)
+
+    def slopes(both: Any) -> Any:
+        return jax.grad(value)(*both)
+
+    name, told = f"{caller}: the metric of `{criterion.name}`", ""
+    if not trace(value, variables, batch).leaves_read():
+        raise CriterionError(f"{name} does not depend on the variables. {ASKED}")
+    try:
+        if trace(slopes, (variables, batch)).leaves_read():
+            return
+        # They are constants, the same of whatever values.
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (variables, batch))
+        if any(bool(slope.any()) for slope in jax.tree.leaves(slopes(nothing))):
+            return
+    except TraceError as error:
+        told = f" ({gist(error.__cause__ or error)})"
+    raise CriterionError(
+        f"{name} has no gradient in the variables{told}, so that no training keeps it. Pass trainable=False: "
+        "it is judged at the end, on held_out alone."
+    )
 
 
 def _check_number(value: Any, name: str, kind: type[CompawareError]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from compaware_jax.criteria import Apply, Criterion, Verdict, measure
 from compaware_jax.fit import tuned
 from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
-from compaware_jax.loop import whole_number
+from compaware_jax.loop import folder_of, whole_number
 from compaware_jax.objective import Batches, Loss
 from compaware_jax.plan import Plan, component_table
 from compaware_jax.request import check_request
@@ -146,7 +145,7 @@ def compress(
     learning_rate = checked_rate(learning_rate, "compress: learning_rate")
     problem = problem_of(apply, loss, batches, groups, budget, criteria, score)
     checked = check_request(problem, variables, held_out, allow_failing=allow_failing)
-    folder = None if directory is None else Path(directory)
+    folder = None if directory is None else folder_of(directory, "compress")
     job = folder and describe_search(problem, variables, budget, search, key, checked)
     found = run_search(
         problem,

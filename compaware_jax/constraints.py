@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -25,7 +25,7 @@ def constrain(
     *,
     whole: str | Sequence[str] = (),
     floor: Mapping[str, Amount] | Amount = 0,
-    ceiling: Mapping[str, Amount] | None = None,
+    ceiling: Mapping[str, Amount] | Amount | None = None,
     multiple_of: Mapping[str, Amount] | Amount = 1,
     together: Sequence[tuple[str, str]] = (),
     apart: Mapping[str, int] | None = None,
@@ -42,10 +42,10 @@ def constrain(
       groups: what can leave.
       whole: patterns of groups that stay whole.
       floor: least kept units: an int, or a float for a share of the group; one for all, or by pattern.
-      ceiling: most kept units, by pattern, likewise.
+      ceiling: most kept units, likewise.
       multiple_of: kept sizes of all axes that a group cuts are multiples of this, e.g. 8 for tensor
         cores; one for all, or by pattern. A group may also stay whole.
-      together: pairs of group names whose units leave index by index, as one group.
+      together: pairs of group names whose units leave index by index, as one group; pairs may share names.
       apart: group name to a number of parts: consecutive units that get a coefficient of their own.
       may_empty: patterns of groups of which nothing need stay, e.g. the inner channels of a block that
         its skip connection replaces.
@@ -71,15 +71,14 @@ def constrain(
             "constrain: these groups are under demands already, which would not fit groups tied together or "
             "split. Ask for `together` and `apart` in the first call."
         )
-    for pair in together:
-        groups = _tied(groups, *pair)
-    for name, parts in (apart or {}).items():
+    groups = _all_tied(groups, together)
+    for name, parts in _mapping(apart or {}, "apart").items():
         groups = _split(groups, name, parts)
     sizes, number = groups.sizes, len(groups.groups)
     least, most, step = np.zeros(number, int), sizes.copy(), np.ones(number, int)
     for g, amount in _by_group(groups, floor, "floor"):
         least[g] = math.ceil(_units(amount, int(sizes[g]), "floor") - 1e-9)
-    for g, amount in _by_group(groups, ceiling or {}, "ceiling"):
+    for g, amount in _by_group(groups, {} if ceiling is None else ceiling, "ceiling"):
         most[g] = math.floor(_units(amount, int(sizes[g]), "ceiling") + 1e-9)
     for g, multiple in _by_group(groups, multiple_of, "multiple_of"):
         whole_number = _whole_number(multiple)
@@ -87,10 +86,10 @@ def constrain(
             raise BudgetError(f"constrain: multiple_of={multiple!r}, expected a whole number of at least 1.")
         held = math.gcd(whole_number, *(times for _, _, times in groups.groups[g].axes))
         step[g] = whole_number // held
-    for pattern in (whole,) if isinstance(whole, str) else whole:
+    for pattern in _patterns(whole, "whole"):
         least[_matching(groups, pattern, "whole")] = sizes[_matching(groups, pattern, "whole")]
     empty = np.zeros(number, bool)
-    for pattern in (may_empty,) if isinstance(may_empty, str) else may_empty:
+    for pattern in _patterns(may_empty, "may_empty"):
         empty[_matching(groups, pattern, "may_empty")] = True
     demands = Limits(least, most, step, empty)
     result = replace(groups, limits=demands if groups.limits is None else _both(groups.limits, demands))
@@ -102,6 +101,22 @@ def constrain(
                 "are rounded to multiples."
             )
     return result
+
+
+def _patterns(given: Any, what: str) -> Sequence[str]:
+    """One pattern, or several."""
+    patterns = (given,) if isinstance(given, str) else given
+    if not isinstance(patterns, Collection) or not all(isinstance(p, str) for p in patterns):
+        raise BudgetError(
+            f"constrain: {what}={given!r}, expected a pattern of groups, or a list of patterns."
+        )
+    return tuple(patterns)
+
+
+def _mapping(given: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping):
+        raise BudgetError(f"constrain: {what}={given!r}, expected a mapping from names of groups.")
+    return given
 
 
 def _both(first: Limits, second: Limits) -> Limits:
@@ -172,6 +187,23 @@ def _named(groups: Groups, name: str) -> int:
     return names.index(name)
 
 
+def _all_tied(groups: Groups, pairs: Any) -> Groups:
+    """Groups that are forced together, pair by pair; a group that has joined another answers for both."""
+    joined: dict[str, str] = {}
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+            raise BudgetError(
+                f"constrain: together={pairs!r}, expected a list of pairs of names of groups, such as "
+                "[('first', 'second')]."
+            )
+        first, second = (joined.get(name, name) for name in pair)
+        if first == second and pair[0] != pair[1]:
+            continue
+        groups = _tied(groups, first, second)
+        joined = {name: first if at == second else at for name, at in joined.items()} | {second: first}
+    return groups
+
+
 def _tied(groups: Groups, first: str, second: str) -> Groups:
     """The units of the second group join those of the first, index by index."""
     a, b = (groups.groups[_named(groups, name)] for name in (first, second))
@@ -192,15 +224,16 @@ def _tied(groups: Groups, first: str, second: str) -> Groups:
     return _renumbered(groups, listed, number)
 
 
-def _split(groups: Groups, name: str, parts: int) -> Groups:
+def _split(groups: Groups, name: str, parts: Any) -> Groups:
     position = _named(groups, name)
     group = groups.groups[position]
-    if not 2 <= parts <= group.units:
+    number = _whole_number(parts)
+    if number is None or not 2 <= number <= group.units:
         raise BudgetError(
-            f"constrain: `{name}` ({group.units} units) cannot be split into {parts} parts. Expected a "
-            f"number from 2 to {group.units}."
+            f"constrain: `{name}` ({group.units} units) cannot be split into {parts!r} parts. Expected a "
+            f"whole number from 2 to {group.units}."
         )
-    edges = np.linspace(0, group.units, parts + 1).round().astype(int)
+    edges = np.linspace(0, group.units, number + 1).round().astype(int)
     pieces = [
         replace(group, name=f"{name}/{i}", units=int(high - low), offset=int(group.offset + low))
         for i, (low, high) in enumerate(itertools.pairwise(edges))

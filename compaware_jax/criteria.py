@@ -39,7 +39,7 @@ class Criterion:
     trainable: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "threshold", _number(self.name, self.threshold))
+        object.__setattr__(self, "threshold", _threshold(self.name, self.metric, self.threshold))
         if not np.isfinite(self.threshold):
             raise CriterionError(
                 f"Criterion `{self.name}`: the threshold is {self.threshold}, expected a finite number."
@@ -60,22 +60,25 @@ class Criterion:
 
 def at_least(name: str, metric: Metric, threshold: ArrayLike, *, trainable: bool = True) -> Criterion:
     """The metric may not fall below the threshold, a number or a measured value; see `Criterion`."""
-    return Criterion(name, metric, _number(name, threshold), True, trainable)
+    return Criterion(name, metric, _threshold(name, metric, threshold), True, trainable)
 
 
 def at_most(name: str, metric: Metric, threshold: ArrayLike, *, trainable: bool = True) -> Criterion:
     """The metric may not rise above the threshold, a number or a measured value; see `Criterion`."""
-    return Criterion(name, metric, _number(name, threshold), False, trainable)
+    return Criterion(name, metric, _threshold(name, metric, threshold), False, trainable)
 
 
-def _number(name: str, threshold: ArrayLike) -> float:
-    """An array, such as a measured value times a share, is the number that it holds."""
-    try:
-        return float(np.asarray(threshold).item())
-    except (TypeError, ValueError) as error:
+def _threshold(name: Any, metric: Any, threshold: Any) -> float:
+    """The number that a threshold is, or holds: an array, such as a measured value times a share."""
+    if not isinstance(name, str) or not callable(metric):
         raise CriterionError(
-            f"Criterion `{name}`: the threshold is {threshold!r}, expected one number."
-        ) from error
+            f"Criterion: the name is {name!r} and the metric {metric!r}, expected a string and a function "
+            "(apply, variables, batch) -> scalar, in this order, then the threshold."
+        )
+    given = np.asarray(threshold)
+    if given.size != 1 or not jnp.issubdtype(given.dtype, jnp.number):
+        raise CriterionError(f"Criterion `{name}`: the threshold is {threshold!r}, expected one number.")
+    return float(given.item())
 
 
 @dataclass(frozen=True)

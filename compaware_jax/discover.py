@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from compaware_jax.analysis import Analysis
-from compaware_jax.errors import TraceError
+from compaware_jax.errors import RequestError, TraceError
 from compaware_jax.factors import Cuts
 from compaware_jax.garbage import uncollected
 from compaware_jax.groups import COLLECTIONS, FixedAxis, Group, Groups, Leaf, default_component, leaves_of
@@ -69,6 +69,7 @@ def find_groups(
       TraceError: the function cannot be traced with these variables and inputs, or `released` or
         `state_outputs` names no output, or a state differs in shape from its leaf.
       UnknownPrimitiveError: in strict mode, at a primitive without a rule.
+      RequestError: `components` is no function.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -84,6 +85,11 @@ def find_groups(
       >>> [(g.name, g.units, g.coupling) for g in groups.groups]
       [('first', 8, True)]
     """
+    if not callable(components):
+        raise RequestError(
+            f"find_groups: components={components!r}, expected a function from the path of a leaf to the "
+            "name of its component, such as lambda path: path.split('/')[1]."
+        )
     program = trace(apply, variables, *args, **kwargs)
     released = (released,) if isinstance(released, str) else tuple(released)
     for name in released:

@@ -200,5 +200,6 @@ def check_finite(variables: Any, label: str) -> None:
     if bad := not_finite(variables):
         raise DivergenceError(
             f"{label}: the training ended in values that are not finite, in {bad[:3]}. Lower its learning "
-            "rate, or look for a division by what may become zero in a smaller model."
+            "rate; or look for values in the data that are not finite, or for a division by what may become "
+            "zero in a smaller model."
         )

@@ -62,7 +62,8 @@ def run_steps(
 
     Raises:
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
-      RequestError: the steps are no whole number, or something is to run between steps that there are not.
+      RequestError: the steps are no whole number, something is to run between steps that there are not, or
+        the directory is no path.
     """
     steps, between = whole_number(steps, f"{label}: steps"), between or {}
     if outside := [step for step in between if not 0 <= step <= steps]:
@@ -76,7 +77,8 @@ def run_steps(
         None
         if directory is None
         else _Store(
-            Path(directory), {"steps": steps, "chunk": chunk, "between": sorted(between), **(job or {})}
+            folder_of(directory, label),
+            {"steps": steps, "chunk": chunk, "between": sorted(between), **(job or {})},
         )
     )
     done = 0
@@ -224,6 +226,25 @@ class _Store:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def folder_of(directory: Any, caller: str) -> Path:
+    """Where checkpoints go, as a path.
+
+    Args:
+      directory: what was given.
+      caller: the function that asks, for messages.
+
+    Raises:
+      RequestError: it is no path.
+      CheckpointError: there is a file.
+    """
+    if not isinstance(directory, (str, os.PathLike)):
+        raise RequestError(f"{caller}: directory={directory!r}, expected the path of a folder, or None.")
+    folder = Path(directory)
+    if file := next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None):
+        raise CheckpointError(f"{caller}: {file} is a file, expected a folder for checkpoints, or a new one.")
+    return folder
 
 
 def whole_number(value: Any, name: str, *, least: int = 0) -> int:

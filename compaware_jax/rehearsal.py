@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compaware_jax.checks import check_metric
+from compaware_jax.checks import ASKED, check_metric
 from compaware_jax.coefficients import Problem
 from compaware_jax.errors import CompawareError, CriterionError, TraceError, gist
 from compaware_jax.groups import COLLECTIONS
@@ -54,7 +54,7 @@ def rehearse(problem: Problem, variables: Any, held_out: Any) -> None:
 
     program = _traced(loss, apply, variables, batch)
     if not program.leaves_read(0):
-        raise TraceError(f"compress: the loss does not depend on the variables. {_ASKED}")
+        raise TraceError(f"compress: the loss does not depend on the variables. {ASKED}")
     _warn_of_trained_state(program)
     _played(loss, small_apply, small, batch, TraceError, "the loss")
     if held_out is None:
@@ -63,14 +63,10 @@ def rehearse(problem: Problem, variables: Any, held_out: Any) -> None:
         name = f"the metric of `{criterion.name}`"
         check_metric(criterion, apply, variables, held_out, "compress", "held_out")
         if not _traced(criterion.metric, apply, variables, held_out).leaves_read():
-            raise CriterionError(f"compress: {name} does not depend on the variables. {_ASKED}")
+            empty = any(0 in jnp.shape(leaf) for leaf in jax.tree.leaves(held_out))
+            told = "held_out has an array without elements: expected samples." if empty else ASKED
+            raise CriterionError(f"compress: {name} does not depend on the variables. {told}")
         _played(criterion.metric, small_apply, small, held_out, CriterionError, name)
-
-
-_ASKED = (
-    "It is called as f(apply, variables, batch) with the dense, the masked and the small model, and has to "
-    "use that `apply` and those `variables`, not the dense model around it."
-)
 
 
 def _half(problem: Problem) -> Plan:
@@ -110,5 +106,5 @@ def _played(
         jax.eval_shape(lambda variables, batch: function(apply, variables, batch), variables, batch)
     except Exception as error:
         raise kind(
-            f"compress: {name} fails on a model with half of its units ({gist(error)}). {_ASKED}"
+            f"compress: {name} fails on a model with half of its units ({gist(error)}). {ASKED}"
         ) from error

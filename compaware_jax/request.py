@@ -25,6 +25,7 @@ from compaware_jax.errors import (
     CriterionError,
     PlanError,
     RequestError,
+    gist,
 )
 from compaware_jax.gradient import GradientSearch
 from compaware_jax.groups import Groups, fingerprint, leaves_of
@@ -202,7 +203,13 @@ def _check_score(problem: Problem, variables: Any) -> None:
     def score(variables: Any) -> jax.Array:
         return jnp.asarray(problem.score(problem.groups, variables))
 
-    scores = jax.eval_shape(score, variables)
+    try:
+        scores = jax.eval_shape(score, variables)
+    except Exception as error:
+        raise PlanError(
+            f"compress: the score {_name(problem.score)} fails ({gist(error)}). It is called as "
+            "score(groups, variables) and traced; expected one number per unit."
+        ) from error
     if scores.shape != (problem.groups.units,):
         raise PlanError(
             f"compress: the score {_name(problem.score)} has shape {scores.shape}, expected one number per "

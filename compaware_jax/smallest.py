@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from compaware_jax.compress import Result, compress
@@ -13,6 +12,7 @@ from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion
 from compaware_jax.errors import BudgetError, CriterionError, RequestError
 from compaware_jax.groups import Groups
+from compaware_jax.loop import folder_of
 from compaware_jax.objective import Batches, Loss
 
 
@@ -95,7 +95,7 @@ def smallest(
     found: dict[float, Result] = {}
 
     def works(budget: float) -> bool:
-        folder = None if directory is None else Path(directory) / repr(budget)
+        folder = None if directory is None else folder_of(directory, "smallest") / repr(budget)
         found[budget] = compress(
             apply,
             variables,

@@ -200,13 +200,36 @@ def test_a_group_is_emptied_only_where_that_is_allowed():
         ({"multiple_of": 0}, "multiple_of=0, expected a whole number"),
         ({"together": [("encoder", "middle")]}, "cannot be forced together"),
         ({"together": [("encoder", "nowhere")]}, "'nowhere' is no group"),
+        ({"together": ("encoder", "middle")}, "expected a list of pairs of names"),
+        ({"together": [("encoder", "middle", "decoder")]}, "expected a list of pairs of names"),
         ({"apart": {"decoder": 99}}, "cannot be split into 99 parts"),
+        ({"apart": {"decoder": 2.5}}, r"cannot be split into 2\.5 parts. Expected a whole number"),
+        ({"apart": ["decoder"]}, "expected a mapping from names of groups"),
+        ({"whole": 3}, "whole=3, expected a pattern of groups"),
         ({"ceiling": {"middle": 5}, "multiple_of": 8}, "Lower its floor or raise its ceiling"),
     ],
 )
 def test_demands_that_cannot_be(groups, demand, message):
     with pytest.raises(BudgetError, match=message):
-        ca.constrain(groups, **demand)
+        inspect.unwrap(ca.constrain)(groups, **demand)
+
+
+def test_ties_may_form_a_chain():
+    def apply(v, x):
+        for w in v[:-1]:
+            x = jnp.tanh(x @ w)
+        return x @ v[-1]
+
+    groups = ca.find_groups(apply, [np.ones((8, 8))] * 5, np.ones((1, 8)))
+    a, b, c, d = (group.name for group in groups.groups)
+    for pairs in ([(a, b), (b, c), (c, d)], [(c, d), (b, c), (a, b)], [(a, b), (c, d), (d, b), (a, c)]):
+        tied = ca.constrain(groups, together=pairs)
+        assert [group.units for group in tied.groups] == [8]
+        keep = np.arange(8) < 5
+        assert [w.shape for w in ca.shrink([np.ones((8, 8))] * 5, ca.plan_units(tied, keep))] == [
+            (8, 5), (5, 5), (5, 5), (5, 5), (5, 8)
+        ]  # fmt: skip
+    assert ca.constrain(groups, ceiling=4, floor=0.25).ceilings.tolist() == [4] * 4
 
 
 def test_demands_add_up(groups):

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import compaware_jax as ca
@@ -106,3 +107,90 @@ def test_sweep_refuses_what_compress_refuses(trained, tmp_path):
         run(trained, key=jax.random.key(1))
     with pytest.raises(CriterionError, match="criteria need held_out"):
         run(trained, criteria=[tasks.BOUND], held_out=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "changes"),
+    [
+        (
+            TraceError,
+            r"the loss fails \(TypeError.*called as loss\(apply, variables, batch\)",
+            {"loss": lambda f, v: 0.0},
+        ),
+        (
+            TraceError,
+            "the loss fails .*compiled: numpy and float",
+            {"loss": lambda *a: float(tasks.loss(*a))},
+        ),
+        (PlanError, r"score .* fails \(TypeError.*score\(groups, variables\)", {"score": lambda groups: 1}),
+        (RequestError, "directory=5, expected the path of a folder", {"directory": 5}),
+        (CheckpointError, "is a file, expected a folder", {"directory": __file__}),
+        (CriterionError, "held_out has an array without elements", {"held_out": jnp.zeros((0, 8))}),
+        (
+            RequestError,
+            r"batches\(0\) gives another batch each time",
+            {
+                "batches": lambda step: jax.pure_callback(
+                    lambda step: np.random.rand(64, 8).astype(np.float32),
+                    jax.ShapeDtypeStruct((64, 8), jnp.float32),
+                    step,
+                )
+            },
+        ),
+    ],
+)
+def test_functions_and_folders_that_do_not_fit(trained, error, message, changes):
+    variables, groups = trained
+    asked = {
+        "loss": tasks.loss,
+        "batches": tasks.batches,
+        "criteria": [tasks.BOUND],
+        "held_out": tasks.held_out(),
+    }
+    asked |= changes
+    with pytest.raises(error, match=message):
+        inspect.unwrap(ca.compress)(
+            tasks.apply, variables, asked.pop("loss"), asked.pop("batches"), groups=groups,
+            budget=ca.params(0.5), search=ca.GradientSearch(steps=2), fine_tune=1, **asked,
+        )  # fmt: skip
+
+
+def hits(f, variables, batch):
+    return jnp.mean(jnp.abs(f(variables, batch) - batch) < 0.1)
+
+
+def through_numpy(f, variables, batch):
+    value = tasks.error(f, variables, batch)
+    return jax.pure_callback(lambda x: np.asarray(x), jax.ShapeDtypeStruct((), jnp.float32), value)
+
+
+@pytest.mark.parametrize("metric", [hits, through_numpy])
+def test_criteria_without_a_gradient(trained, metric):
+    """No training would keep them; they may be judged all the same."""
+    with pytest.raises(CriterionError, match=f"`{metric.__name__}` has no gradient.*trainable=False"):
+        tasks.compress(trained, criteria=[ca.at_most(metric.__name__, metric, 0.9)])
+    judged = ca.at_most(metric.__name__, metric, 0.9, trainable=False)
+    assert tasks.compress(trained, criteria=[judged], fine_tune=1).verdicts[0].criterion == f"{judged}"
+
+
+def test_linear_criteria_have_a_gradient(trained):
+    """It is the same at all variables, and not zero."""
+
+    def size(f, variables, batch):
+        return variables["layer0"]["b"].sum()
+
+    bound = ca.at_most("size", size, 1e3)
+    assert tasks.compress(trained, criteria=[bound], fine_tune=1).kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((tasks.error, "error", 0.2), "expected a string and a function .* in this order"),
+        (("error", 0.2, tasks.error), "the name is 'error' and the metric 0.2, expected a string and a func"),
+        (("error", tasks.error, "0.2"), "the threshold is '0.2', expected one number"),
+    ],
+)
+def test_arguments_of_criteria(arguments, message):
+    with pytest.raises(CriterionError, match=message):
+        inspect.unwrap(ca.at_least)(*arguments)
