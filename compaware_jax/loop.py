@@ -48,7 +48,8 @@ def run_steps(
       state: a pytree of arrays.
       steps: how many steps in all, those done before an interruption included.
       label: what the progress bar says.
-      chunk: steps per compiled call.
+      chunk: about how many steps per compiled call: the divisor of their number that is nearest, within a
+        factor of two, so that one program serves all calls.
       directory: where checkpoints go; None for none.
       job: what identifies the run (JSON values); a checkpoint of another job is refused.
       every: chunks between checkpoints.
@@ -118,7 +119,9 @@ def _edges(steps: int, chunk: int, between: Iterable[int]) -> list[int]:
     """Where chunks begin, and where the last one ends."""
     edges: list[int] = []
     for start, stop in itertools.pairwise(sorted({0, steps, *between})):
-        edges += range(start, stop, chunk)
+        length = stop - start
+        even = [n for n in range((chunk + 1) // 2, min(2 * chunk, length) + 1) if length % n == 0]
+        edges += range(start, stop, min(even, key=lambda n: (abs(n - chunk), n), default=chunk))
     return [*edges, steps]
 
 
