@@ -20,10 +20,11 @@ from compaware_jax.optimizers import shrink_optimizer
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.rules import register_rule
 from compaware_jax.search import Found, find_plan
+from compaware_jax.select import one_shot
 from compaware_jax.small_function import slim, uncut
 from compaware_jax.smallest import Smallest, smallest
 from compaware_jax.surgery import expand, shrink
-from compaware_jax.sweep import sweep
+from compaware_jax.sweep import Front, Point, sweep
 
 __version__ = "0.1.0"
 
@@ -32,10 +33,12 @@ __all__ = [
     "CompawareError",
     "Criterion",
     "Found",
+    "Front",
     "GradientSearch",
     "GridSearch",
     "Groups",
     "Plan",
+    "Point",
     "Result",
     "Smallest",
     "apply_mask",
@@ -50,6 +53,7 @@ __all__ = [
     "flops",
     "mask",
     "nbytes",
+    "one_shot",
     "params",
     "plan_units",
     "register_rule",

@@ -57,7 +57,7 @@ def checked_rate(rate: Any, name: str, *, zero: bool = False) -> float:
 
 
 def check_trainable(variables: Any, caller: str) -> None:
-    """Refuse variables that no gradient trains.
+    """Refuse variables that no gradient trains, or not well.
 
     Raises:
       RequestError: says which.
@@ -70,6 +70,13 @@ def check_trainable(variables: Any, caller: str) -> None:
         raise RequestError(
             f"{caller}: {wrong[:3]} are no floating-point arrays, which no gradient trains. Close over them "
             "instead of keeping them in the variables."
+        )
+    narrow = [f"{path} ({dtype})" for path, dtype in dtypes.items() if jnp.finfo(dtype).bits < 32]
+    if narrow:
+        raise RequestError(
+            f"{caller}: {narrow[:3]} have too few bits to be trained: small steps are lost. Expected float32, "
+            "here and for find_groups: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables). The "
+            "function may compute in fewer bits. Cast what comes out."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +11,11 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Num
 
-from compaware_jax.cost import Cost
-from compaware_jax.errors import BudgetError
+from compaware_jax.cost import COSTS, Budget, Cost
+from compaware_jax.errors import BudgetError, PlanError
 from compaware_jax.groups import Groups
 from compaware_jax.importance import ranks
+from compaware_jax.plan import Plan, plan_units
 
 
 def keep_units(
@@ -202,7 +204,7 @@ def _fill(
 
 
 def uniform_counts(cost: Cost, limit: int, *, whole: Sequence[int] = ()) -> Int[np.ndarray, " groups"]:
-    """Counts that keep the same share of every group: what most pruners do.
+    """Counts that keep the same share of every group.
 
     Args:
       cost: what is limited.
@@ -215,3 +217,75 @@ def uniform_counts(cost: Cost, limit: int, *, whole: Sequence[int] = ()) -> Int[
     floor = cost.least.copy()
     floor[list(whole)] = cost.most[list(whole)]
     return round_counts(cost, np.ones(len(floor)), limit, floor=floor)
+
+
+def global_counts(
+    groups: Groups, cost: Cost, scores: Num[ArrayLike, " units"], limit: int
+) -> Int[np.ndarray, " groups"]:
+    """Counts of the best units of all groups together, as many as fit.
+
+    Args:
+      groups: what can leave.
+      cost: what is limited.
+      scores: shape (units,), comparable from group to group; see `importance.within_groups`.
+      limit: the largest cost allowed.
+
+    Returns:
+      Counts, shape (groups,), between the groups' floors and ceilings, in their steps.
+
+    Raises:
+      BudgetError: the floors cost more than the limit.
+    """
+    if cost.floor > limit:
+        raise BudgetError(
+            f"global_counts: the least counts cost {cost.floor} {cost.name}, more than the limit {limit}. "
+            "Raise the budget or lower the floors."
+        )
+    best = groups.group_of_unit[np.argsort(-np.asarray(scores, float), kind="stable")]
+
+    def of(number: int) -> np.ndarray:
+        counts = np.minimum(np.bincount(best[:number], minlength=len(groups.groups)), cost.most)
+        return np.maximum(_whole_steps(cost, counts), cost.least)
+
+    number = bisect.bisect_right(range(groups.units + 1), limit, key=lambda n: cost.exact(of(n))) - 1
+    return of(number)
+
+
+def one_shot(
+    groups: Groups, scores: Num[ArrayLike, " units"], budget: Budget, *, across: bool = False
+) -> Plan:
+    """The plan that keeps the best units by a score, without a search: what most pruners do.
+
+    Args:
+      groups: what can leave.
+      scores: shape (units,), e.g. ``importance.l2(groups, variables)``.
+      budget: the target, e.g. ``params(0.5)``.
+      across: rank the units of all groups together ("global"), instead of keeping the same share of every
+        group ("uniform"). Scores that are not comparable go through `importance.within_groups` first.
+
+    Returns:
+      The plan; its cost is at most the budget.
+
+    Raises:
+      PlanError: the scores are not one number per unit.
+      BudgetError: the budget is below what the fixed axes and the floors allow.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import compaware_jax as ca
+      >>> from compaware_jax import importance
+      >>> def net(v, x):
+      ...     return jnp.tanh(x @ v["a"]) @ v["b"]
+      >>> variables = {"a": jnp.arange(24.0).reshape(3, 8), "b": jnp.ones((8, 2))}
+      >>> groups = ca.find_groups(net, variables, jnp.ones((1, 3)))
+      >>> plan = ca.one_shot(groups, importance.l2(groups, variables), ca.params(0.5))
+      >>> ca.shrink(variables, plan)["a"].shape
+      (3, 4)
+    """
+    values = np.asarray(scores, float)
+    if values.shape != (groups.units,) or np.isnan(values).any():
+        got = "not a number" if values.shape == (groups.units,) else f"of shape {values.shape}"
+        raise PlanError(f"one_shot: scores are {got}, expected one number per unit, ({groups.units},).")
+    cost, limit = COSTS[budget.cost](groups), budget.limit(groups)
+    counts = global_counts(groups, cost, values, limit) if across else uniform_counts(cost, limit)
+    return plan_units(groups, keep_units(groups, values, counts))

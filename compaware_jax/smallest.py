@@ -5,15 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from compaware_jax.compress import Result, compress
 from compaware_jax.cost import COSTS, Budget
-from compaware_jax.criteria import Apply, Criterion
+from compaware_jax.criteria import Apply, Criterion, Verdict
 from compaware_jax.errors import BudgetError, CriterionError, RequestError
 from compaware_jax.groups import Groups
 from compaware_jax.loop import folder_of
 from compaware_jax.objective import Batches, Loss
+from compaware_jax.tables import text_table
+
+
+class Attempt(NamedTuple):
+    """One budget that `smallest` tried: whether every criterion was kept, and what each one had."""
+
+    budget: float
+    kept: bool
+    verdicts: tuple[Verdict, ...]
 
 
 @dataclass(frozen=True)
@@ -22,11 +31,21 @@ class Smallest:
 
     Attributes:
       result: the smallest model that keeps every criterion; None if no tried budget below one does.
-      tried: (budget, whether every criterion was kept), in the order tried.
+      tried: the attempts, in their order.
     """
 
     result: Result | None
-    tried: tuple[tuple[float, bool], ...]
+    tried: tuple[Attempt, ...]
+
+    def __str__(self) -> str:
+        """Every budget that was tried, and what each criterion had there; then the result."""
+        names = [verdict.criterion for verdict in self.tried[0].verdicts] if self.tried else []
+        rows = [
+            (f"{budget:.2%}", *(f"{v.after:.6g}{'' if v.kept else ' (not kept)'}" for v in verdicts))
+            for budget, _, verdicts in self.tried
+        ]
+        end = "No budget that was tried keeps every criterion." if self.result is None else str(self.result)
+        return f"{text_table(('budget', *names), rows)}\n\n{end}"
 
 
 def smallest(
@@ -125,6 +144,6 @@ def smallest(
             budget = halved
         else:
             budget = (low * high) ** 0.5
-    tried = tuple((b, result.kept) for b, result in found.items())
-    kept = [b for b, result in found.items() if result.kept]
+    tried = tuple(Attempt(b, result.kept, result.verdicts) for b, result in found.items())
+    kept = [attempt.budget for attempt in tried if attempt.kept]
     return Smallest(found[min(kept)] if kept else None, tried)

@@ -37,6 +37,7 @@ from compaware_jax.request import (
 from compaware_jax.select import keep_units, round_counts
 from compaware_jax.small_function import checked_work, costs_left
 from compaware_jax.surgery import shrink
+from compaware_jax.tables import text_table
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,6 +71,25 @@ class Point:
     def kept(self) -> bool:
         """Whether every criterion is kept."""
         return not self.diverged and all(verdict.kept for verdict in self.verdicts)
+
+
+class Front(tuple[Point, ...]):
+    """The points of a sweep, budgets in the order given, seeds inside; `print` shows a row for each."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """Per point its budget and seed, what is left of the cost, and what each criterion has."""
+        names = [verdict.criterion for verdict in self[0].verdicts] if self else []
+        rows = []
+        for point in self:
+            before, after = point.costs[point.budget.cost]
+            told = [f"{v.after:.6g}{'' if v.kept else ' (not kept)'}" for v in point.verdicts]
+            end = "diverged" if point.diverged else ""
+            share = f"{point.budget.fraction:.2%}"
+            rows.append((share, point.seed, f"{after:,}", f"{after / max(before, 1):.2%}", *told, end))
+        cost = self[0].budget.cost if self else "cost"
+        return text_table(("budget", "seed", cost, "left", *names, ""), rows)
 
 
 class _State(NamedTuple):
@@ -180,7 +200,7 @@ def sweep(
     directory: str | os.PathLike[str] | None = None,
     allow_failing: bool = False,
     progress: bool = True,
-) -> tuple[Point, ...]:
+) -> Front:
     """Compress a model to several budgets, with several seeds each, in one compiled program.
 
     The first lane of a budget does what `compress` does with the same key, except that its fine-tune runs
@@ -208,8 +228,8 @@ def sweep(
       progress: show a progress bar.
 
     Returns:
-      One `Point` per lane, budgets in the order given, seeds inside. A lane that diverged is warned of,
-      keeps no criterion, and leaves the others as they are.
+      The `Front`: a `Point` per lane. A lane that diverged is warned of, keeps no criterion, and leaves the
+      others as they are.
 
     Raises:
       BudgetError: a budget is below what the fixed axes allow; the budgets are none, or on different costs.
@@ -258,7 +278,7 @@ def sweep(
         },
         progress=progress,
     )
-    return tuple(_points(lanes, state, asked, groups, held_out, checked.before))
+    return Front(_points(lanes, state, asked, groups, held_out, checked.before))
 
 
 def _points(

@@ -194,3 +194,14 @@ def test_linear_criteria_have_a_gradient(trained):
 def test_arguments_of_criteria(arguments, message):
     with pytest.raises(CriterionError, match=message):
         inspect.unwrap(ca.at_least)(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_variables_of_few_bits_are_not_trained(trained, dtype):
+    """Adam divides by zero in float16; in bfloat16 its small steps round to none."""
+    narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), trained[0])
+    match = rf"layer0/b \({dtype.__name__}\).* have too few bits .*Expected float32"
+    with pytest.raises(RequestError, match=match):
+        tasks.compress((narrow, tasks.groups(narrow)))
+    with pytest.raises(RequestError, match=match):
+        ca.fit(tasks.apply, narrow, tasks.loss, tasks.batches, 1)

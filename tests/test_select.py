@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import compaware_jax as ca
 from compaware_jax.cost import COSTS, parameter_cost
-from compaware_jax.errors import BudgetError
+from compaware_jax.errors import BudgetError, PlanError
 from compaware_jax.models import autoencoder
 from compaware_jax.select import keep_units, round_counts, uniform_counts
 
@@ -156,3 +156,41 @@ def test_diverged_coefficients_are_refused(dense_groups):
     cost = parameter_cost(dense_groups)
     with pytest.raises(BudgetError, match="search diverged"):
         round_counts(cost, np.full(5, np.nan), cost.total)
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(
+    "demands", [{}, {"multiple_of": 8, "floor": {"*": 24}, "ceiling": {"encoder/dense1": 200}}]
+)
+def test_one_shot(dense_groups, across, demands):
+    """Uniform or across groups, the best ones, and no step more fits."""
+    groups = ca.constrain(dense_groups, **demands)
+    scores = np.random.default_rng(0).random(groups.units) * (1 + groups.group_of_unit)
+    cost, limit = parameter_cost(groups), ca.params(0.2).limit(groups)
+    plan = ca.one_shot(groups, scores, ca.params(0.2), across=across)
+    counts = np.array([kept for _, kept, _ in plan.counts])
+    assert cost.exact(counts) <= limit
+    assert (counts >= groups.floors).all()
+    assert (counts <= groups.ceilings).all()
+    assert (counts % groups.steps == 0).all()
+    if not across:
+        np.testing.assert_array_equal(counts, uniform_counts(cost, limit))
+        return
+    # Groups between their bounds stop at one threshold, that of the best unit that did not fit.
+    free = np.flatnonzero((counts > groups.floors) & (counts < groups.ceilings))
+    ordered = [np.sort(scores[group.slice])[::-1] for group in groups.groups]
+    lowest = max(ordered[g][min(counts[g] + groups.steps[g], groups.sizes[g]) - 1] for g in free)
+    assert len(free) >= 2
+    assert all(ordered[g][counts[g] - 1] >= lowest for g in free)
+    more = np.array([max(np.sum(scores[group.slice] >= lowest), 0) for group in groups.groups])
+    more = np.maximum(np.minimum(more, groups.ceilings) // groups.steps * groups.steps, groups.floors)
+    assert cost.exact(more) > limit
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [(np.zeros(3), r"of shape \(3,\), expected one"), (np.full(1568, np.nan), "not a number")],
+)
+def test_one_shot_refuses_scores(dense_groups, scores, message):
+    with pytest.raises(PlanError, match=message):
+        ca.one_shot(dense_groups, scores, ca.params(0.2))

@@ -33,8 +33,10 @@ def test_smallest_that_keeps_and_next_that_does_not(problem):
     found = smallest(problem, start=0.5, tolerance=0.3)
     assert found.result is not None
     assert found.result.kept
-    worked = [budget for budget, kept in found.tried if kept]
-    failed = [budget for budget, kept in found.tried if not kept]
+    worked = [budget for budget, kept, _ in found.tried if kept]
+    failed = [budget for budget, kept, _ in found.tried if not kept]
+    assert [kept for _, kept, verdicts in found.tried] == [v.kept for *_, (v,) in found.tried]
+    assert str(found).endswith(str(found.result))
     assert min(worked) / max(b for b in failed if b < min(worked)) <= 1.3
     before, after = found.result.costs["parameters"]
     assert after <= min(worked) * before
@@ -47,7 +49,10 @@ def test_nothing_smaller_keeps_a_bound_at_the_dense_error(problem):
     strict = ca.at_most("error", tasks.error, error * 1.0001)
     found = smallest(problem, criteria=[strict], start=0.6, tolerance=0.5, fine_tune=1)
     assert found.result is None
-    assert [kept for _, kept in found.tried] == [False] * len(found.tried)
+    assert [attempt.kept for attempt in found.tried] == [False] * len(found.tried)
+    assert all(attempt.verdicts[0].after > error * 1.0001 for attempt in found.tried)
+    assert str(found).count("(not kept)") == len(found.tried)
+    assert str(found).endswith("No budget that was tried keeps every criterion.")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,13 @@ def test_sweep_is_what_compress_does(trained):
         got = float(tasks.error(small_apply, point.variables, tasks.held_out()))
         assert got == pytest.approx(point.verdicts[0].after, rel=1e-4)
         assert point.kept == point.verdicts[0].kept == (got <= 0.25)
+    header, _, *rows = str(points).splitlines()
+    assert header.split() == ["budget", "seed", "parameters", "left", *str(tasks.BOUND).split()]
+    for point, row in zip(points, rows, strict=True):
+        cost = point.costs["parameters"][1]
+        left = f"{cost / point.costs['parameters'][0]:.2%}"
+        told = [f"{point.verdicts[0].after:.6g}", *(() if point.kept else ("(not", "kept)"))]
+        assert row.split() == [f"{point.budget.fraction:.2%}", str(point.seed), f"{cost:,}", left, *told]
     assert not np.array_equal(points[0].coefficients, points[1].coefficients)
     point, alone = points[0], tasks.compress(trained, budget=budgets[0], search=tasks.SEARCH, fine_tune=100)
     np.testing.assert_allclose(point.coefficients, alone.found.coefficients, rtol=1e-3)
