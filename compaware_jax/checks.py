@@ -74,8 +74,8 @@ def check_trainable(variables: Any, caller: str) -> None:
     narrow = [f"{path} ({dtype})" for path, dtype in dtypes.items() if jnp.finfo(dtype).bits < 32]
     if narrow:
         raise RequestError(
-            f"{caller}: {narrow[:3]} have too few bits to be trained: small steps are lost. Expected float32, "
-            "here and for find_groups: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables). The "
+            f"{caller}: {narrow[:3]} have too few bits to be trained, small steps are lost: expected float32 "
+            "here and for find_groups, by jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables). The "
             "function may compute in fewer bits. Cast what comes out."
         )
 

@@ -196,7 +196,7 @@ def _all_tied(groups: Groups, pairs: Any) -> Groups:
                 f"constrain: together={pairs!r}, expected a list of pairs of names of groups, such as "
                 "[('first', 'second')]."
             )
-        first, second = (joined.get(name, name) for name in pair)
+        first, second = (str(joined.get(name, name)) for name in pair)
         if first == second and pair[0] != pair[1]:
             continue
         groups = _tied(groups, first, second)
