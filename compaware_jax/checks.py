@@ -75,8 +75,8 @@ def check_trainable(variables: Any, caller: str) -> None:
     if narrow:
         raise RequestError(
             f"{caller}: {narrow[:3]} have too few bits to be trained, small steps are lost: expected float32 "
-            "here and for find_groups, by jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables). The "
-            "function may compute in fewer bits. Cast what comes out."
+            "here and for find_groups, by jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables). "
+            "The function may compute in fewer bits. Cast what comes out."
         )
 
 
