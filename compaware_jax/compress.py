@@ -144,7 +144,7 @@ def compress(
     fine_tune = whole_number(fine_tune, "compress: fine_tune")
     learning_rate = checked_rate(learning_rate, "compress: learning_rate")
     problem = problem_of(apply, loss, batches, groups, budget, criteria, score)
-    checked = check_request(problem, variables, held_out, allow_failing=allow_failing)
+    checked = check_request(problem, variables, held_out, allow_failing=allow_failing, caller="compress")
     folder = None if directory is None else folder_of(directory, "compress")
     job = folder and describe_search(problem, variables, budget, search, key, checked)
     found = run_search(

@@ -122,8 +122,13 @@ def measure(criteria: Sequence[Criterion], apply: Apply, variables: Any, batch: 
     return {c.name: float(value) for c, value in zip(criteria, values, strict=True)}
 
 
-def check_dense(criteria: Sequence[Criterion], before: dict[str, float]) -> None:
+def check_dense(criteria: Sequence[Criterion], before: dict[str, float], caller: str) -> None:
     """Refuse criteria that the dense model fails.
+
+    Args:
+      criteria: what is asked.
+      before: the dense model's value per criterion.
+      caller: the function that asks, for messages.
 
     Raises:
       CriterionError: says which and by how much.
@@ -131,7 +136,7 @@ def check_dense(criteria: Sequence[Criterion], before: dict[str, float]) -> None
     failed = [c for c in criteria if not c.keeps(before[c.name])]
     if failed:
         raise CriterionError(
-            "compress: the dense model already fails "
+            f"{caller}: the dense model already fails "
             + "; ".join(
                 f"`{c}` (it has {before[c.name]:.6g}, short by {abs(before[c.name] - c.threshold):.3g})"
                 for c in failed

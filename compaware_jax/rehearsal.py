@@ -25,7 +25,7 @@ from compaware_jax.trace import trace
 _LOG = logging.getLogger(__name__)
 
 
-def rehearse(problem: Problem, variables: Any, held_out: Any) -> None:
+def rehearse(problem: Problem, variables: Any, held_out: Any, caller: str) -> None:
     """Trace the loss and the criteria of the dense and of a small model, computing nothing.
 
     Leaves of a collection such as ``batch_stats`` that the loss reads and does not update are warned of: they
@@ -35,6 +35,7 @@ def rehearse(problem: Problem, variables: Any, held_out: Any) -> None:
       problem: what is asked.
       variables: the dense model's.
       held_out: the batch that criteria are measured on; None where nothing is measured.
+      caller: the function that asks, for messages.
 
     Raises:
       TraceError: the loss does not use the variables that it is called with, or fails on small ones.
@@ -54,18 +55,18 @@ def rehearse(problem: Problem, variables: Any, held_out: Any) -> None:
 
     program = _traced(loss, apply, variables, batch)
     if not program.leaves_read(0):
-        raise TraceError(f"compress: the loss does not depend on the variables. {ASKED}")
+        raise TraceError(f"{caller}: the loss does not depend on the variables. {ASKED}")
     _warn_of_trained_state(program)
-    _played(loss, small_apply, small, batch, TraceError, "the loss")
+    _played(loss, small_apply, small, batch, TraceError, f"{caller}: the loss")
     if held_out is None:
         return
     for criterion in problem.criteria:
-        name = f"the metric of `{criterion.name}`"
-        check_metric(criterion, apply, variables, held_out, "compress", "held_out")
+        name = f"{caller}: the metric of `{criterion.name}`"
+        check_metric(criterion, apply, variables, held_out, caller, "held_out")
         if not _traced(criterion.metric, apply, variables, held_out).leaves_read():
             empty = any(0 in jnp.shape(leaf) for leaf in jax.tree.leaves(held_out))
             told = "held_out has an array without elements: expected samples." if empty else ASKED
-            raise CriterionError(f"compress: {name} does not depend on the variables. {told}")
+            raise CriterionError(f"{name} does not depend on the variables. {told}")
         _played(criterion.metric, small_apply, small, held_out, CriterionError, name)
 
 
@@ -105,6 +106,4 @@ def _played(
     try:
         jax.eval_shape(lambda variables, batch: function(apply, variables, batch), variables, batch)
     except Exception as error:
-        raise kind(
-            f"compress: {name} fails on a model with half of its units ({gist(error)}). {ASKED}"
-        ) from error
+        raise kind(f"{name} fails on a model with half of its units ({gist(error)}). {ASKED}") from error

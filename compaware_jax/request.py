@@ -45,7 +45,9 @@ class Checked(NamedTuple):
     before: dict[str, float]
 
 
-def check_request(problem: Problem, variables: Any, held_out: Any, *, allow_failing: bool) -> Checked:
+def check_request(
+    problem: Problem, variables: Any, held_out: Any, *, allow_failing: bool, caller: str
+) -> Checked:
     """Refuse what cannot work, before any work is done.
 
     Args:
@@ -53,6 +55,7 @@ def check_request(problem: Problem, variables: Any, held_out: Any, *, allow_fail
       variables: the dense model's.
       held_out: the batch on which criteria are measured.
       allow_failing: accept criteria that the dense model fails.
+      caller: the function that asks, for messages.
 
     Returns:
       What the dense model has.
@@ -63,24 +66,30 @@ def check_request(problem: Problem, variables: Any, held_out: Any, *, allow_fail
     """
     if problem.criteria and held_out is None:
         raise CriterionError(
-            "compress: criteria need held_out, the batch that they are measured on; got None."
+            f"{caller}: criteria need held_out, the batch that they are measured on; got None."
         )
     if callable(held_out):
         raise CriterionError(
-            f"compress: held_out is a function, {_name(held_out)}, expected the batch that criteria are "
+            f"{caller}: held_out is a function, {_name(held_out)}, expected the batch that criteria are "
             "measured on: call it."
         )
-    loss = check_problem(problem, variables, held_out)
+    loss = check_problem(problem, variables, caller, held_out)
     if not problem.criteria:
         return Checked(loss, {})
     before = measure(problem.criteria, problem.apply, variables, held_out)
     if not allow_failing:
-        check_dense(problem.criteria, before)
+        check_dense(problem.criteria, before, caller)
     return Checked(loss, before)
 
 
-def check_problem(problem: Problem, variables: Any, held_out: Any = None) -> float:
+def check_problem(problem: Problem, variables: Any, caller: str, held_out: Any = None) -> float:
     """Refuse what no search can work on.
+
+    Args:
+      problem: what is asked.
+      variables: the dense model's.
+      caller: the function that asks, for messages.
+      held_out: the batch on which criteria are measured; None where nothing is measured.
 
     Returns:
       The loss of the dense model on the first batch.
@@ -95,15 +104,15 @@ def check_problem(problem: Problem, variables: Any, held_out: Any = None) -> flo
     """
     if not problem.groups.groups:
         raise PlanError(
-            "compress: no group of this model can leave. Print the groups: they say why each axis "
+            f"{caller}: no group of this model can leave. Print the groups: they say why each axis "
             "stays whole."
         )
-    _check_variables(variables, problem.groups)
-    check_batches(problem.batches, "compress")
-    check_objective(problem.apply, variables, problem.loss, problem.batches, problem.criteria, "compress")
-    loss = checked_loss(problem.apply, variables, problem.loss, problem.batches, "compress")
-    _check_score(problem, variables)
-    rehearse(problem, variables, held_out)
+    _check_variables(variables, problem.groups, caller)
+    check_batches(problem.batches, caller)
+    check_objective(problem.apply, variables, problem.loss, problem.batches, problem.criteria, caller)
+    loss = checked_loss(problem.apply, variables, problem.loss, problem.batches, caller)
+    _check_score(problem, variables, caller)
+    rehearse(problem, variables, held_out, caller)
     return loss
 
 
@@ -179,7 +188,7 @@ def _name(function: Any) -> str:
     return f"`{getattr(function, '__qualname__', type(function).__name__)}`"
 
 
-def _check_variables(variables: Any, groups: Groups) -> None:
+def _check_variables(variables: Any, groups: Groups, caller: str) -> None:
     got = fingerprint(leaves_of(variables))
     if got != groups.fingerprint:
         expected = {leaf.path: leaf for leaf in groups.leaves}
@@ -188,18 +197,18 @@ def _check_variables(variables: Any, groups: Groups) -> None:
         if wrong:
             told = f"got {wrong[0]}, expected {expected.get(wrong[0].path, 'no such leaf')}"
         raise PlanError(
-            f"the variables (fingerprint {got}) are not those that the groups were found for "
+            f"{caller}: the variables (fingerprint {got}) are not those that the groups were found for "
             f"({groups.fingerprint}); first difference: {told}. Call find_groups with these variables."
         )
-    check_trainable(variables, "compress")
+    check_trainable(variables, caller)
     if bad := not_finite(variables):
         raise PlanError(
-            f"compress: {bad[:3]} hold values that are not finite. Expected a trained model; look for "
+            f"{caller}: {bad[:3]} hold values that are not finite. Expected a trained model; look for "
             "where its training diverged."
         )
 
 
-def _check_score(problem: Problem, variables: Any) -> None:
+def _check_score(problem: Problem, variables: Any, caller: str) -> None:
     def score(variables: Any) -> jax.Array:
         return jnp.asarray(problem.score(problem.groups, variables))
 
@@ -207,12 +216,12 @@ def _check_score(problem: Problem, variables: Any) -> None:
         scores = jax.eval_shape(score, variables)
     except Exception as error:
         raise PlanError(
-            f"compress: the score {_name(problem.score)} fails ({gist(error)}). It is called as "
+            f"{caller}: the score {_name(problem.score)} fails ({gist(error)}). It is called as "
             "score(groups, variables) and traced; expected one number per unit."
         ) from error
     if scores.shape != (problem.groups.units,):
         raise PlanError(
-            f"compress: the score {_name(problem.score)} has shape {scores.shape}, expected one number per "
+            f"{caller}: the score {_name(problem.score)} has shape {scores.shape}, expected one number per "
             f"unit, ({problem.groups.units},)."
         )
     if problem.score is l2:  # Of finite variables.
@@ -222,6 +231,6 @@ def _check_score(problem: Problem, variables: Any) -> None:
         unit = int(jnp.argmax(wrong))
         group = problem.groups.groups[int(problem.groups.group_of_unit[unit])]
         raise PlanError(
-            f"compress: the score {_name(problem.score)} is not a number at unit {unit - group.offset} of "
+            f"{caller}: the score {_name(problem.score)} is not a number at unit {unit - group.offset} of "
             f"`{group.name}`, expected numbers that rank the units."
         )

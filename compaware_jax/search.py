@@ -101,7 +101,7 @@ def find_plan(
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
     """
     problem = problem_of(apply, loss, batches, groups, budget, criteria, score)
-    first = check_problem(problem, variables)
+    first = check_problem(problem, variables, "find_plan")
     job = (
         None
         if directory is None

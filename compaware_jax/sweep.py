@@ -254,7 +254,7 @@ def sweep(
     cost = COSTS[kinds.pop()](groups)
     method, key = checked_search(search), checked_key(key)
     problem = Problem(apply, loss, batches, groups, cost, checked_criteria(criteria), score)
-    checked = check_request(problem, variables, held_out, allow_failing=allow_failing)
+    checked = check_request(problem, variables, held_out, allow_failing=allow_failing, caller="sweep")
     job = {} if directory is None else describe_request(problem, variables, method, checked)
     problem, start = trim(problem, variables, list(limits.values()))
     asked = [(budget, seed) for budget in budgets for seed in range(seeds)]

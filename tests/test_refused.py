@@ -205,3 +205,15 @@ def test_variables_of_few_bits_are_not_trained(trained, dtype):
         tasks.compress((narrow, tasks.groups(narrow)))
     with pytest.raises(RequestError, match=match):
         ca.fit(tasks.apply, narrow, tasks.loss, tasks.batches, 1)
+
+
+def test_messages_name_the_function_that_was_called(trained):
+    variables, groups = trained
+    asked = (tasks.apply, jax.tree.map(lambda x: x * jnp.nan, variables), tasks.loss, tasks.batches)
+    for function, budget in (
+        (ca.compress, {"budget": ca.params(0.5)}),
+        (ca.find_plan, {"budget": ca.params(0.5)}),
+        (ca.sweep, {"budgets": [ca.params(0.5)]}),
+    ):
+        with pytest.raises(PlanError, match=rf"^{function.__name__}: \['layer0/b'.* not finite"):
+            function(*asked, groups=groups, **budget)
