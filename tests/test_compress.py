@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import compaware_jax as ca
+from compaware_jax import importance
 from compaware_jax.errors import (
     CriterionError,
     DivergenceError,
@@ -205,3 +206,17 @@ def test_a_search_without_a_best_point_is_an_error(trained):
             tasks.apply, variables, tasks.loss, batches, groups=groups, budget=ca.params(0.5),
             search=ca.GridSearch(levels=(0.5, 1.0), steps_each=1), progress=False,
         )  # fmt: skip
+
+
+def test_the_search_beats_equal_shares(trained):
+    """The latent has just what the surface needs: equal shares give half of it up, the search none of it."""
+    variables, groups = trained
+    budget, same = ca.params(0.4), {"learning_rate": 1e-2, "progress": False}
+    found = tasks.compress(trained, budget=budget, search=ca.GradientSearch(steps=300), fine_tune=300)
+    plan = ca.one_shot(groups, importance.l2(groups, variables), budget)
+    small_apply, start = ca.slim(tasks.apply, plan), ca.shrink(variables, plan)
+    equal, _ = ca.fit(small_apply, start, tasks.loss, tasks.batches, 300, **same)
+    assert [kept for _, kept, _ in plan.counts][1] == 2
+    assert [kept for _, kept, _ in found.plan.counts][1] == 4
+    ours = tasks.error(found.apply, found.variables, tasks.held_out())
+    assert ours < 0.6 * tasks.error(small_apply, equal, tasks.held_out())
