@@ -14,7 +14,7 @@ from flax import nnx
 from compaware_jax.adapters.calls import Static, hashable, split_arrays, with_updates
 from compaware_jax.adapters.nnx_layers import update_attributes
 from compaware_jax.adapters.rebuilt import compare
-from compaware_jax.errors import TraceError
+from compaware_jax.errors import PlanError, TraceError
 from compaware_jax.paths import named_leaves
 from compaware_jax.plan import Plan
 from compaware_jax.small_function import check_small, slim
@@ -93,7 +93,16 @@ class Slimmed(nnx.Module):
         graphdef, variables, held = _split(self.model, "Slimmed")
         arrays, static = split_arrays((held, args, kwargs))
         build = _cached if hashable(graphdef, static) else _small_call
-        output, changed = build(graphdef, static, self.plan)(variables, *arrays)
+        try:
+            output, changed = build(graphdef, static, self.plan)(variables, *arrays)
+        except PlanError as error:
+            if not jax.tree.leaves(nnx.state(self.model, nnx.BatchStat)):
+                raise
+            raise PlanError(
+                f"{error} Groups that were found in training mode do not cut batch statistics, which are not "
+                "read there. Find them in evaluation mode (`eval()`), or on functional(model, updates=True) "
+                'with state_outputs={"1": ""}.'
+            ) from error
         # In evaluation nothing changes, and a module may then be called where it must not be changed.
         if changed:
             nnx.update(self.model, changed)

@@ -292,3 +292,15 @@ def test_a_plan_of_the_mode_that_returns_updates():
     got = adapter.slimmed(model, plan)(x)
     assert got["hidden"].shape == (2, 3)
     assert distance(got, expected) <= TIGHT
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_groups_of_training_mode_do_not_cut_batch_statistics(mode):
+    rngs = nnx.Rngs(0)
+    layers = nnx.Linear(3, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+    model, x = nnx.Sequential(*layers), jnp.ones((4, 3))
+    apply, variables = adapter.functional(model)
+    plan = ca.plan_units(ca.find_groups(apply, variables, x), jnp.arange(8) < 5)
+    getattr(model, mode)()
+    with pytest.raises(PlanError, match=r"ties together.*not read there. Find them in evaluation mode"):
+        adapter.slimmed(model, plan)(x)
