@@ -49,10 +49,9 @@ class Criterion:
         """Whether a measured value keeps the criterion; one that is not a number does not."""
         return value >= self.threshold if self.above else value <= self.threshold
 
-    def margin(self, value: Array) -> Array:
-        """How far a value is on the right side of the threshold, as a share of the threshold."""
-        scale = abs(self.threshold) or 1.0
-        return (value - self.threshold if self.above else self.threshold - value) / scale
+    def excess(self, value: Array) -> Array:
+        """How far a value is on the wrong side of the threshold, in the metric's unit; else negative."""
+        return self.threshold - value if self.above else value - self.threshold
 
     def __str__(self) -> str:
         return f"{self.name} {'≥' if self.above else '≤'} {self.threshold:g}"

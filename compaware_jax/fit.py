@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -27,19 +26,20 @@ from compaware_jax.loop import digest, run_steps, whole_number
 from compaware_jax.objective import (
     Batches,
     Loss,
+    Pressure,
     constrained,
-    dual_ascent,
+    no_pressure,
     trainable,
     updated,
 )
 
 
 class FitState(NamedTuple):
-    """State of `fit`: variables, optimizer state, one multiplier per trainable criterion."""
+    """State of `fit`: variables, optimizer state, what the trainable criteria weigh."""
 
     variables: Any
     optimizer: Any
-    multipliers: jax.Array
+    pressure: Pressure
 
 
 def adam_cosine(learning_rate: float | jax.Array, steps: int) -> optax.GradientTransformation:
@@ -53,25 +53,29 @@ def fit_step(
     batches: Batches,
     optimizer: optax.GradientTransformation,
     criteria: Sequence[Criterion] = (),
+    *,
+    steps: int = 1000,
 ) -> tuple[
     Callable[[Any], FitState],
     Callable[[FitState, jax.Array], tuple[FitState, dict[str, jax.Array]]],
 ]:
-    """The pure ``(init, step)`` pair that `fit` runs; vmap it to train several models at once."""
-    objective = constrained(loss, criteria)
+    """The pure ``(init, step)`` pair that `fit` runs; vmap it to train several models at once.
+
+    Criteria weigh in at the pace of that many steps, see `constrained`.
+    """
+    objective = constrained(loss, criteria, steps)
 
     def init(variables: Any) -> FitState:
-        return FitState(variables, optimizer.init(variables), jnp.zeros(len(trainable(criteria))))
+        return FitState(variables, optimizer.init(variables), no_pressure(criteria))
 
     def step(state: FitState, index: jax.Array) -> tuple[FitState, dict[str, jax.Array]]:
         def value(variables: Any) -> Any:
-            return objective(apply, variables, batches(index), state.multipliers)
+            return objective(apply, variables, batches(index), state.pressure)
 
-        (total, (violations, news)), gradients = jax.value_and_grad(value, has_aux=True)(state.variables)
+        (total, (pressure, news)), gradients = jax.value_and_grad(value, has_aux=True)(state.variables)
         changes, optimizer_state = optimizer.update(gradients, state.optimizer, state.variables)
         variables = updated(optax.apply_updates(state.variables, changes), news)
-        multipliers = dual_ascent(state.multipliers, violations)
-        return FitState(variables, optimizer_state, multipliers), {"loss": total}
+        return FitState(variables, optimizer_state, pressure), {"loss": total}
 
     return init, step
 
@@ -99,7 +103,7 @@ def fit(
       batches: ``step -> batch``, pure.
       steps: number of updates.
       learning_rate: at the start; it falls to zero on a cosine.
-      criteria: constraints, by augmented Lagrangian.
+      criteria: constraints, by Lagrangian: they weigh the more, the longer they fail.
       label: what the progress bar says.
       directory: for checkpoints; None for none.
       job: what identifies the run beside its start and settings, see `run_steps`; by default the first
@@ -153,7 +157,7 @@ def tuned(
 ) -> tuple[Any, dict[str, np.ndarray]]:
     """`fit` of what is checked."""
     steps = whole_number(steps, f"{label}: steps")
-    init, step = fit_step(apply, loss, batches, adam_cosine(learning_rate, steps), criteria)
+    init, step = fit_step(apply, loss, batches, adam_cosine(learning_rate, steps), criteria, steps=steps)
     if directory is not None:
         job = {
             "start": digest(variables),

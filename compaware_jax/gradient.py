@@ -17,7 +17,7 @@ from compaware_jax.errors import RequestError
 from compaware_jax.importance import ranks
 from compaware_jax.loop import whole_number
 from compaware_jax.masks import apply_mask
-from compaware_jax.objective import constrained, dual_ascent, trainable, updated
+from compaware_jax.objective import Pressure, constrained, no_pressure, updated
 
 
 class GradientState(NamedTuple):
@@ -28,7 +28,7 @@ class GradientState(NamedTuple):
       log_share: log of the kept share per group, on the (ramped) budget.
       optimizer: of the weights.
       share_optimizer: of the log shares.
-      multipliers: one per trainable criterion.
+      pressure: what the trainable criteria weigh.
       price: moving mean of the budget's multiplier, relative to the loss: by how many percent the loss
         falls when the budget grows by one percent.
       budget: fraction of the dense cost that may stay.
@@ -40,7 +40,7 @@ class GradientState(NamedTuple):
     log_share: jax.Array
     optimizer: Any
     share_optimizer: Any
-    multipliers: jax.Array
+    pressure: Pressure
     price: jax.Array
     budget: jax.Array
     key: jax.Array
@@ -56,7 +56,8 @@ class GradientSearch:
     both. The coefficients' gradient is made tangent to the budget surface, by the multiplier that
     solves the Lagrangian's stationarity in the least-squares sense, in closed form (bounded while nearly
     every group is whole), and after each step the shares are shifted onto the surface; so the budget holds at
-    every step and its multiplier needs no tuning. Criteria go in by augmented Lagrangian.
+    every step and its multiplier needs no tuning. Criteria weigh in from the first step, see `constrained`:
+    what only a criterion needs would be given up while it is silent.
 
     Sampling is what keeps this from starving a layer: units beyond the present edge are trained in a
     part of the steps, so the gradient sees what they would be worth, not what untrained ones are worth.
@@ -96,7 +97,7 @@ class GradientSearch:
     def build(self, problem: Problem) -> Search:
         """The search as pure functions."""
         groups, cost = problem.groups, problem.cost
-        objective = constrained(problem.loss, problem.criteria)
+        objective = constrained(problem.loss, problem.criteria, self.steps)
         weights_rule = optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.1))
         share_rule = optax.adam(
             optax.cosine_decay_schedule(self.travel / self.steps, self.steps), b1=0.9, b2=0.99
@@ -110,7 +111,7 @@ class GradientSearch:
                 log_share=share,
                 optimizer=weights_rule.init(variables),
                 share_optimizer=share_rule.init(share),
-                multipliers=jnp.zeros(len(trainable(problem.criteria))),
+                pressure=no_pressure(problem.criteria),
                 price=jnp.zeros(()),
                 budget=jnp.asarray(budget, float),
                 key=key,
@@ -129,10 +130,10 @@ class GradientSearch:
                 gates = soft_gates(groups, jnp.exp(log_counts), rank, soft * self.edge)
                 masked = apply_mask(groups, gates, variables)
                 batch = problem.batches(index + state.offset)
-                total, (violations, news) = objective(problem.apply, masked, batch, state.multipliers)
-                return total, (violations, news, masked)
+                total, (pressure, news) = objective(problem.apply, masked, batch, state.pressure)
+                return total, (pressure, news, masked)
 
-            (total, (violations, news, seen)), (by_count, by_weight) = jax.value_and_grad(
+            (total, (pressure, news, seen)), (by_count, by_weight) = jax.value_and_grad(
                 value, (0, 1), has_aux=True
             )(sampled, state.variables)
             tangent, price = _tangent(cost, sampled, by_count, sampled < most - 1e-4)
@@ -146,7 +147,7 @@ class GradientSearch:
                 log_share=log_share,
                 optimizer=optimizer,
                 share_optimizer=share_optimizer,
-                multipliers=dual_ascent(state.multipliers, violations),
+                pressure=pressure,
                 price=0.98 * state.price + 0.02 * price / jnp.maximum(jnp.abs(total), _TINY),
                 budget=state.budget,
                 key=state.key,

@@ -94,7 +94,9 @@ class GridSearch:
                 return problem.batches(index + state.offset)
 
             rule = adam_cosine(self.learning_rate, self.steps_each)
-            start, step = fit_step(masked, problem.loss, batches, rule, problem.criteria)
+            start, step = fit_step(
+                masked, problem.loss, batches, rule, problem.criteria, steps=self.steps_each
+            )
             tuned, _ = jax.lax.scan(step, start(variables), jnp.arange(self.steps_each))
             unseen = self.steps_each + jnp.arange(self.validate)
             values = jax.lax.map(lambda i: problem.value(masked, tuned.variables, batches(i)), unseen)

@@ -1,12 +1,13 @@
-"""What training lowers: a loss with its updates of the variables, criteria as an augmented Lagrangian."""
+"""What training lowers: a loss with its updates of the variables, criteria by Lagrangian."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import get_opaque_trace_state
 
 from compaware_jax.criteria import Apply, Criterion
@@ -21,41 +22,88 @@ Batches = Callable[[jax.Array], Any]
 """``step -> batch``: a pure function, so that the step is the whole data position."""
 
 
-def constrained(
-    loss: Loss, criteria: Sequence[Criterion], *, strength: float = 1.0
-) -> Callable[[Apply, Any, Any, jax.Array], tuple[jax.Array, tuple[jax.Array, Any]]]:
-    """The augmented Lagrangian of a loss under criteria.
+class Pressure(NamedTuple):
+    """What criteria weigh while training; a pytree.
 
-    With ``c = -margin`` (positive where a criterion fails), the term of each criterion is
-    ``(max(0, m + strength * c)^2 - m^2) / (2 * strength)``, in units of the current loss, so that the
-    strength needs no tuning to the loss' scale; a loss of zero counts as one.
+    Attributes:
+      multipliers: weight of each trainable criterion beside the loss, which weighs one.
+      excess: moving mean over batches of how far each metric is on the wrong side, in its unit.
+      distance: likewise of how far it is from the threshold, on either side; zero before the first step.
+    """
+
+    multipliers: jax.Array
+    excess: jax.Array
+    distance: jax.Array
+
+
+def no_pressure(criteria: Sequence[Criterion]) -> Pressure:
+    """Where training starts: no criterion weighs anything."""
+    none = jnp.zeros(len(trainable(criteria)))
+    return Pressure(none, none, none)
+
+
+def constrained(
+    loss: Loss, criteria: Sequence[Criterion], steps: int
+) -> Callable[[Apply, Any, Any, Pressure], tuple[jax.Array, tuple[Pressure, Any]]]:
+    """The Lagrangian of a loss under criteria, and one step of its multipliers.
+
+    The value is the loss. Its gradient is the weighted mean of that of the loss (weight one) and of the
+    criteria's terms, so it does not grow with their weights: Adam remembers large gradients for long. The
+    term of a criterion is ``excess / unit`` in units of the current loss (a loss of zero counts as one). Its
+    unit is the threshold, or the mean distance from it where that is more: so a metric has no scale, a
+    threshold may be zero, and the pull is bounded where a metric misses by orders of magnitude, as it does on
+    the way to a small model.
+
+    With ``s = mean excess / mean distance``, between -1 (surely kept) and 1 (surely failing), a multiplier
+    ``m`` follows ``s``: it is no quicker where a criterion fails by far, and falls to zero where it is kept.
+    The weight is ``m * (1 + s)``, which is nothing as soon as a criterion is surely kept, or the pull would
+    go on while the multiplier falls. The pace is that of the training: a multiplier of what fails all along
+    ends at the same value, however many the steps.
 
     Args:
       loss: see `Loss`.
       criteria: constraints; those that are not trainable are left out.
-      strength: of the quadratic term.
+      steps: how many steps there will be.
 
     Returns:
-      ``(apply, variables, batch, multipliers) -> (value, (violations, updates))``, the first two
-      differentiable; violations have shape (trainable criteria,) and are negative where a criterion is
-      kept; updates are those of the loss.
+      ``(apply, variables, batch, pressure) -> (value, (pressure, updates))``: the pressure is that of the
+      next step, the updates are those of the loss.
     """
     trained = trainable(criteria)
+    thresholds = np.array([abs(c.threshold) for c in trained])
+    rate = _WEIGHT / max(steps, 1)
 
     def value(
-        apply: Apply, variables: Any, batch: Any, multipliers: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        apply: Apply, variables: Any, batch: Any, pressure: Pressure
+    ) -> tuple[jax.Array, tuple[Pressure, Any]]:
         apply = _once(apply)
         base, updates = value_and_updates(loss, apply, variables, batch)
         if not trained:
-            return base, (jnp.zeros(0), updates)
-        violations = -jnp.stack([c.margin(c.metric(apply, variables, batch)) for c in trained])
-        raised = jnp.maximum(0.0, multipliers + strength * violations)
-        terms = (raised**2 - multipliers**2) / (2 * strength)
+            return base, (pressure, updates)
+        excess = jnp.stack([c.excess(c.metric(apply, variables, batch)) for c in trained])
+        after, sure = _pressed(pressure, jax.lax.stop_gradient(excess), rate)
+        weights = pressure.multipliers * (1 + sure)
+        unit = jnp.maximum(thresholds, after.distance)
+        terms = weights * excess / jnp.where(unit == 0, 1.0, unit)
         scale = jax.lax.stop_gradient(jnp.where(base == 0, 1.0, jnp.abs(base)))
-        return base + scale * terms.sum(), (violations, updates)
+        mean = (base + scale * terms.sum()) / (1 + weights.sum())
+        return jax.lax.stop_gradient(base) + (mean - jax.lax.stop_gradient(mean)), (after, updates)
 
     return value
+
+
+# What a criterion weighs in the end that fails at every step, and the share of a batch in moving means.
+_WEIGHT = 10.0
+_FRESH = 0.05
+
+
+def _pressed(pressure: Pressure, excess: jax.Array, rate: float) -> tuple[Pressure, jax.Array]:
+    """The pressure after a batch, and how sure it is that each criterion fails: 1, or that it is kept: -1."""
+    fresh = jnp.where(pressure.distance == 0, 1.0, _FRESH)
+    over = (1 - fresh) * pressure.excess + fresh * excess
+    distance = (1 - fresh) * pressure.distance + fresh * jnp.abs(excess)
+    sure = over / jnp.where(distance == 0, 1.0, distance)
+    return Pressure(jnp.maximum(0.0, pressure.multipliers + rate * sure), over, distance), sure
 
 
 def value_and_updates(loss: Loss, apply: Apply, variables: Any, batch: Any) -> tuple[Any, Any]:
@@ -132,8 +180,3 @@ def _once(apply: Apply) -> Apply:
 def trainable(criteria: Sequence[Criterion]) -> tuple[Criterion, ...]:
     """The criteria that are constraints while training."""
     return tuple(c for c in criteria if c.trainable)
-
-
-def dual_ascent(multipliers: jax.Array, violations: jax.Array, *, rate: float = 0.01) -> jax.Array:
-    """One step of the multipliers: up where a criterion fails, down to zero where it is kept."""
-    return jnp.maximum(0.0, multipliers + rate * violations)

@@ -167,7 +167,7 @@ class _Lanes:
             return problem.batches(index + offset)
 
         rule = adam_cosine(self.learning_rate, self.fine_tune)
-        return fit_step(masked, problem.loss, batches, rule, problem.criteria)
+        return fit_step(masked, problem.loss, batches, rule, problem.criteria, steps=self.fine_tune)
 
     def _searched(self, state: _State, index: jax.Array) -> tuple[_State, dict[str, jax.Array]]:
         new, info = jax.vmap(self.search.step, in_axes=(0, None))(state.search, index)

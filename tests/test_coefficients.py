@@ -1,5 +1,7 @@
 """The searches: gates, the budget surface, gradient against grid."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from compaware_jax.errors import RequestError
 from compaware_jax.gradient import _tangent
 from compaware_jax.importance import ranks
 from compaware_jax.loop import run_steps
-from compaware_jax.objective import constrained, dual_ascent
+from compaware_jax.objective import Pressure, constrained, no_pressure
 from tests import tasks
 
 
@@ -89,23 +91,124 @@ def test_few_that_can_pay_do_not_set_a_wild_price(trained):
     assert 0 < price <= 2.001 / by_cost.sum() < 1 / by_cost.min()
 
 
-def test_augmented_lagrangian():
+def weighing(multiplier):
+    """A first step with this multiplier."""
+    return Pressure(jnp.array([multiplier]), jnp.zeros(1), jnp.zeros(1))
+
+
+def test_lagrangian():
+    """The value is the loss; the gradient is the weighted mean, the criterion's in units of the loss."""
     criterion = ca.at_most("x", lambda f, v, b: v, 1.0)
     judged = ca.at_most("y", lambda f, v, b: v, 0.0, trainable=False)
-    value = constrained(lambda f, v, b: jnp.asarray(2.0) + 0 * v, [criterion, judged])
-    kept, (violations, _) = value(lambda v: v, jnp.asarray(0.5), None, jnp.zeros(1))
-    assert float(kept) == 2.0
-    np.testing.assert_allclose(violations, [-0.5])
-    broken, (violations, _) = value(lambda v: v, jnp.asarray(1.5), None, jnp.array([0.2]))
-    assert float(broken) == pytest.approx(2.0 + 2.0 * ((0.2 + 0.5) ** 2 - 0.2**2) / 2)
-    np.testing.assert_allclose(dual_ascent(jnp.array([0.2]), violations, rate=1.0), [0.7])
-    np.testing.assert_allclose(dual_ascent(jnp.zeros(1), jnp.array([-1.0])), [0.0])
+    objective = constrained(lambda f, v, b: 2.0 - 0.5 * v, [criterion, judged], 100)
+    value = jax.value_and_grad(lambda v, p: objective(lambda v: v, v, None, p), has_aux=True)
+    (loss, (after, _)), slope = value(1.5, weighing(0.25))
+    assert float(loss) == 1.25
+    assert float(slope) == pytest.approx((-0.5 + 0.5 * 1.25) / 1.5)
+    np.testing.assert_allclose((after.excess, after.distance), [[0.5], [0.5]])
+    # Missed by more than the threshold: the unit is the distance.
+    _, slope = value(3.0, weighing(0.25))
+    assert float(slope) == pytest.approx((-0.5 + 0.5 * 0.5 / 2) / 1.5)
+    # Surely kept: of no weight, whatever the multiplier.
+    (_, (after, _)), slope = value(-2.0, weighing(0.25))
+    assert float(slope) == -0.5
+    np.testing.assert_allclose((after.excess, after.distance), [[-3.0], [3.0]])
+
+
+def test_multipliers_rise_while_a_criterion_fails_and_fall_to_zero_where_it_is_kept():
+    criteria = [ca.at_least("x", lambda f, v, b: v, 1.0)]
+    value = constrained(lambda f, v, b: 0 * v, criteria, 1000)
+
+    def follow(values, pressure):
+        def step(pressure, v):
+            _, (pressure, _) = value(lambda v: v, v, None, pressure)
+            return pressure, pressure.multipliers[0]
+
+        pressure, multipliers = jax.lax.scan(step, pressure, jnp.asarray(values))
+        return np.asarray(multipliers), pressure
+
+    near, pressure = follow([0.999] * 20, no_pressure(criteria))
+    far, _ = follow([-1e6] * 20, no_pressure(criteria))
+    np.testing.assert_allclose(near, 0.01 * np.arange(1, 21), rtol=1e-3)
+    np.testing.assert_allclose(far, near, rtol=1e-3)
+    # Batches on either side, as far: no side is the surer one.
+    scattered, _ = follow([0.5, 1.5] * 500, no_pressure(criteria))
+    assert scattered.max() < 1
+    after, _ = follow([2.0] * 60, pressure)
+    assert after[0] > 0
+    assert (after[20:] == 0).all()
+
+
+def test_criteria_weigh_the_same_however_many_the_steps():
+    criteria = [ca.at_most("x", lambda f, v, b: v, 1.0)]
+    ends = []
+    for steps in (50, 400):
+        pressure = no_pressure(criteria)
+        step = jax.jit(
+            partial(constrained(lambda f, v, b: 0 * v, criteria, steps), lambda v: v, jnp.asarray(3.0), None)
+        )
+        for _ in range(steps):
+            _, (pressure, _) = step(pressure)
+        ends.append(float(pressure.multipliers[0]))
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.0, -1.0])
+def test_training_goes_to_the_threshold_whatever_its_scale(threshold):
+    """The loss pulls to three. Zero is a threshold like any other."""
+
+    def trained(scale):
+        bound = ca.at_most("x", lambda f, v, b: scale * (v["x"] + b)[0], scale * threshold)
+        return ca.fit(
+            lambda v: v, {"x": jnp.full(1, 2.5)}, lambda f, v, b: 1 + jnp.sum((v["x"] - 3.0 + b) ** 2),
+            lambda step: 0.1 * jax.random.normal(jax.random.fold_in(jax.random.key(0), step), (1,)), 1500,
+            learning_rate=1e-2, criteria=[bound], progress=False,
+        )[0]["x"]  # fmt: skip
+
+    assert float(trained(1.0)[0]) == pytest.approx(threshold, abs=0.15)
+    np.testing.assert_allclose(trained(1024.0), trained(1.0), rtol=1e-4)
+
+
+def test_criteria_that_are_kept_change_nothing():
+    loose = ca.at_most("error", tasks.error, 1e3)
+    start = tasks.init(jax.random.key(3))
+    free, bound = (
+        ca.fit(tasks.apply, start, tasks.loss, tasks.batches, 30, criteria=criteria, progress=False)[0]
+        for criteria in ([], [loose])
+    )
+    jax.tree.map(np.testing.assert_array_equal, free, bound)
+
+
+def test_a_search_keeps_what_only_a_criterion_needs(trained):
+    """Two models in one: the loss is of the first, the criterion of the second."""
+    variables = {"seen": trained[0], "unseen": trained[0]}
+
+    def apply(v, x):
+        return tasks.apply(v["seen"], x), tasks.apply(v["unseen"], x)
+
+    def error(which):
+        return lambda f, v, b: jnp.mean((f(v, b)[which] - b) ** 2)
+
+    groups = ca.find_groups(apply, variables, jnp.zeros((1, 8)))
+    bound = ca.at_most("unseen", error(1), 2 * error(1)(apply, variables, tasks.held_out()))
+
+    def kept(criteria):
+        found = ca.find_plan(
+            apply, variables, error(0), tasks.batches, groups=groups, budget=ca.params(0.4),
+            criteria=criteria, search=ca.GradientSearch(steps=500), progress=False,
+        )  # fmt: skip
+        return [sum(units for _, units, _ in found.plan.counts[i : i + 3]) for i in (0, 3)]
+
+    seen, unseen = kept([])
+    assert unseen < 0.5 * seen
+    seen, unseen = kept([bound])
+    assert unseen > 0.8 * seen
 
 
 def test_negative_losses_are_constrained_the_right_way():
     criterion = ca.at_most("x", lambda f, v, b: v, 1.0)
-    value = constrained(lambda f, v, b: -2.0 + 0 * v, [criterion])
-    slope = jax.grad(lambda v: value(lambda v: v, v, None, jnp.zeros(1))[0])(3.0)
+    value = constrained(lambda f, v, b: -2.0 + 0 * v, [criterion], 1)
+    slope = jax.grad(lambda v: value(lambda v: v, v, None, weighing(1.0))[0])(3.0)
     assert slope > 0
 
 
@@ -114,15 +217,15 @@ def test_loss_and_criterion_may_call_under_other_transformations():
         return jax.checkpoint(lambda: jnp.mean(f(v, batch, scale=2.0) ** 2))()
 
     criterion = ca.at_most("x", lambda f, v, b: jnp.mean(f(v, b, scale=2.0)), 0.1)
-    value = constrained(loss, [criterion])
+    value = constrained(loss, [criterion], 1)
     calls = []
 
     def f(v, batch, *, scale):
         calls.append(scale)
         return v * batch * scale
 
-    slope = jax.grad(lambda v: value(f, v, jnp.ones(3), jnp.zeros(1))[0])(1.0)
-    assert float(slope) == pytest.approx(8.0 + 4.0 * 19.0 * 20.0)
+    slope = jax.grad(lambda v: value(f, v, jnp.ones(3), weighing(1.0))[0])(1.0)
+    assert float(slope) == pytest.approx((8.0 + 2 * 4.0 * 2.0 / 1.9) / 3)
 
 
 def run(method, variables, groups, budget=0.3):
@@ -223,8 +326,8 @@ def test_grid_of_too_many_points_is_refused(trained):
 def test_a_loss_of_zero_leaves_the_criteria(trained):
     """An application that is given by its criteria alone."""
     criterion = ca.at_most("x", lambda f, v, b: v, 1.0)
-    value = constrained(lambda f, v, b: 0.0 * v, [criterion])
-    assert jax.grad(lambda v: value(lambda v: v, v, None, jnp.zeros(1))[0])(3.0) > 0
+    value = constrained(lambda f, v, b: 0.0 * v, [criterion], 1)
+    assert jax.grad(lambda v: value(lambda v: v, v, None, weighing(1.0))[0])(3.0) > 0
 
 
 def test_weights_that_stay_as_they_are(trained):

@@ -19,7 +19,7 @@ from compaware_jax.errors import (
     TraceError,
 )
 from compaware_jax.importance import l2
-from compaware_jax.objective import constrained
+from compaware_jax.objective import constrained, no_pressure
 from tests import tasks
 
 # Without the annotations that tests check: a user's call meets our own messages.
@@ -271,7 +271,8 @@ def test_a_loss_may_change_what_the_model_returned(task):
     def error(f, variables, batch):
         return jnp.mean((f(variables, batch)["y"] - batch) ** 2)
 
-    objective = constrained(loss, [ca.at_most("error", error, 1.0)])
+    criterion = ca.at_most("error", error, 1.0)
+    objective = constrained(loss, [criterion], 1)
     batch = tasks.held_out()
-    _, (violations, _) = objective(apply, task[0], batch, jnp.zeros(1))
-    assert float(violations[0]) == pytest.approx(float(error(apply, task[0], batch)) - 1.0, rel=1e-5)
+    _, (pressure, _) = objective(apply, task[0], batch, no_pressure([criterion]))
+    assert float(pressure.excess[0]) == pytest.approx(float(error(apply, task[0], batch)) - 1.0, rel=1e-5)
