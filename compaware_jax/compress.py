@@ -39,7 +39,8 @@ class Result:
       verdicts: per criterion its value before and after, and whether it is kept.
       costs: per cost its value before and after; the FLOPs are those that the small function runs, at full
         width where it has to.
-      history: per phase ("search", "fine-tune") the means over chunks of steps.
+      history: per phase ("search", "fine-tune") the means over chunks of steps: "loss", "criteria" (the
+        metrics of those that are trained by, on batches), and of the search "share" and "price".
     """
 
     apply: Callable[..., Any]

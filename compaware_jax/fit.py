@@ -28,6 +28,7 @@ from compaware_jax.objective import (
     Loss,
     Pressure,
     constrained,
+    followed,
     no_pressure,
     trainable,
     updated,
@@ -75,7 +76,7 @@ def fit_step(
         (total, (pressure, news)), gradients = jax.value_and_grad(value, has_aux=True)(state.variables)
         changes, optimizer_state = optimizer.update(gradients, state.optimizer, state.variables)
         variables = updated(optax.apply_updates(state.variables, changes), news)
-        return FitState(variables, optimizer_state, pressure), {"loss": total}
+        return FitState(variables, optimizer_state, pressure), {"loss": total, **followed(criteria, pressure)}
 
     return init, step
 
@@ -111,7 +112,8 @@ def fit(
       progress: show a progress bar.
 
     Returns:
-      The trained variables, and the history per chunk of steps.
+      The trained variables, and the history: means over chunks of steps of the "loss" and, if there are
+      any, of the metrics of "criteria", shape (chunks, trainable criteria).
 
     Raises:
       RequestError: an argument is malformed, or the batches are no pure function of the step.

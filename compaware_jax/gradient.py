@@ -17,7 +17,7 @@ from compaware_jax.errors import RequestError
 from compaware_jax.importance import ranks
 from compaware_jax.loop import whole_number
 from compaware_jax.masks import apply_mask
-from compaware_jax.objective import Pressure, constrained, no_pressure, updated
+from compaware_jax.objective import Pressure, constrained, followed, no_pressure, updated
 
 
 class GradientState(NamedTuple):
@@ -153,7 +153,8 @@ class GradientSearch:
                 key=state.key,
                 offset=state.offset,
             )
-            return new, {"loss": total, "share": jnp.exp(log_share), "price": new.price}
+            info = {"loss": total, "share": jnp.exp(log_share), "price": new.price}
+            return new, info | followed(problem.criteria, pressure)
 
         return Search(
             init=init,

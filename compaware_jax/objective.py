@@ -42,6 +42,24 @@ def no_pressure(criteria: Sequence[Criterion]) -> Pressure:
     return Pressure(none, none, none)
 
 
+def followed(criteria: Sequence[Criterion], pressure: Pressure) -> dict[str, jax.Array]:
+    """What a history keeps of criteria: "criteria", the moving mean of each metric that is trained by.
+
+    Args:
+      criteria: constraints; those that are not trainable are left out.
+      pressure: after a step.
+
+    Returns:
+      One entry, of shape (trainable criteria,), in the metrics' units; none without such criteria.
+    """
+    trained = trainable(criteria)
+    if not trained:
+        return {}
+    thresholds = np.array([c.threshold for c in trained])
+    wrong = np.array([-1.0 if c.above else 1.0 for c in trained])
+    return {"criteria": thresholds + wrong * pressure.excess}
+
+
 def constrained(
     loss: Loss, criteria: Sequence[Criterion], steps: int
 ) -> Callable[[Apply, Any, Any, Pressure], tuple[jax.Array, tuple[Pressure, Any]]]:

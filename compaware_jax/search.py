@@ -43,7 +43,9 @@ class Found:
       groups: what could leave; at the boundary, with what stays there settled.
       scores: what ranked the units when they were cut, shape (units,).
       coefficients: kept share per group that the search ended with, shape (groups,).
-      history: means over chunks of steps, shape (chunks, ...).
+      history: means over chunks of steps, shape (chunks, ...); of `GradientSearch`, "loss", "share" of each
+        group, "criteria" (the metrics of those that are trained by) and "price" (by how many percent the loss
+        falls when the budget grows by one).
     """
 
     plan: Plan

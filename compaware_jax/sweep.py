@@ -178,7 +178,7 @@ class _Lanes:
             return self._tuner(gates, offset)[1](tune, index - self.search.steps)
 
         new, info = jax.vmap(one)(state.tune, state.gates, state.offset)
-        return state._replace(tune=new), info
+        return state._replace(tune=new), {"loss": info["loss"]}
 
 
 def sweep(

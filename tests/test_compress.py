@@ -220,3 +220,19 @@ def test_the_search_beats_equal_shares(trained):
     assert [kept for _, kept, _ in found.plan.counts][1] == 4
     ours = tasks.error(found.apply, found.variables, tasks.held_out())
     assert ours < 0.6 * tasks.error(small_apply, equal, tasks.held_out())
+
+
+def test_the_history_of_criteria(trained):
+    """In the metric's unit, on batches; those that are judged alone have none."""
+    judged = ca.at_most("judged", tasks.error, 1.0, trainable=False)
+    below = ca.at_least("size", lambda f, v, b: -jnp.mean(f(v, b) ** 2), -1.0)
+    result = tasks.compress(trained, criteria=[judged, tasks.BOUND, below], fine_tune=200)
+    for phase, history in result.history.items():
+        assert history["criteria"].shape == (len(history["loss"]), 2), phase
+    error, size = result.history["fine-tune"]["criteria"][-1]
+    assert error == pytest.approx(
+        float(tasks.error(result.apply, result.variables, tasks.held_out())), rel=0.1
+    )
+    output = result.apply(result.variables, tasks.held_out())
+    assert size == pytest.approx(-float(jnp.mean(output**2)), rel=0.1)
+    assert "criteria" not in tasks.compress(trained, criteria=[judged], fine_tune=1).history["search"]
