@@ -55,8 +55,8 @@ def followed(criteria: Sequence[Criterion], pressure: Pressure) -> dict[str, jax
     trained = trainable(criteria)
     if not trained:
         return {}
-    thresholds = np.array([c.threshold for c in trained])
-    wrong = np.array([-1.0 if c.above else 1.0 for c in trained])
+    thresholds = jnp.array([c.threshold for c in trained])
+    wrong = jnp.array([-1.0 if c.above else 1.0 for c in trained])
     return {"criteria": thresholds + wrong * pressure.excess}
 
 

@@ -110,10 +110,11 @@ def _largest(share: np.ndarray, cost: Cost, fits: Callable[[np.ndarray], bool]) 
 _COARSE = 0.02
 
 # So many coarse groups at a time are settled together, by all their ways to round.
-_TOGETHER = 10
+_TOGETHER = 6
 
-# For coarse groups to be rounded up, all others may shrink to this part of their share.
-_YIELD = 0.25
+# What other groups move for coarse ones weighs half: a search ends with the last unit of a coarse one partly
+# open, and that does nearly what a whole one does.
+_MOVED = 0.5
 
 
 def _settled(
@@ -122,14 +123,13 @@ def _settled(
     """Which groups are coarse, and bounds of all counts, which settle those.
 
     A fine group can take up what a coarse one leaves, not the other way round. So of all ways to round the
-    coarse ones up or down, within the limit while the others yield some of their share, the nearest is taken:
-    in the log of the count, weighted by what the group costs. The coarsest groups come first.
+    coarse ones up or down, all others scaled to what that leaves, the nearest is taken: in the squared log of
+    the counts, weighted by what a group costs. The coarsest groups come first.
     """
     settled, low, high = np.zeros(len(share), bool), floor.copy(), cost.most.copy()
     while True:
-        wanted = np.clip(
-            _largest(share, cost, lambda scaled: _soft(cost, np.clip(scaled, low, high)) <= limit), low, high
-        )
+        scaled = _largest(share, cost, lambda scaled: _soft(cost, np.clip(scaled, low, high)) <= limit)
+        wanted = np.clip(scaled, low, high)
         below = np.clip((np.ceil(wanted / cost.step).astype(int) - 1) * cost.step, low, high)
         above = np.clip(below + cost.step, low, high)
         step = _soft(cost, wanted + np.diag(cost.step)) - _soft(cost, wanted)
@@ -137,16 +137,40 @@ def _settled(
         if not len(coarse):
             return settled, low, high
         coarse = coarse[np.argsort(-step[coarse], kind="stable")][:_TOGETHER]
-        up = np.array(list(itertools.product((False, True), repeat=len(coarse))))
+        up = np.array(list(itertools.product((True, False), repeat=len(coarse))))
         ways = np.where(up, above[coarse], below[coarse])
-        trials = np.tile(np.clip(np.minimum(below, _YIELD * wanted), low, high), (len(ways), 1))
-        trials[:, coarse] = ways
+        counts, fits = _with_others(cost, ways, coarse, scaled, low, high, limit)
         # Down to none is as far as to a quarter of a unit, which is where the search would take it.
-        log = np.log(np.maximum(ways, 0.25)) - np.log(np.maximum(wanted[coarse], 0.25))
-        far = log**2 @ (step * wanted / cost.step)[coarse]
-        nearest = ways[np.argmin(np.where(_soft(cost, trials) <= limit, far, np.inf))]
+        log = np.log(np.maximum(counts, 0.25)) - np.log(np.maximum(wanted, 0.25))
+        weight = step * wanted / cost.step * np.where(np.isin(np.arange(len(share)), coarse), 1.0, _MOVED)
+        nearest = ways[np.argmin(np.where(fits, log**2 @ weight, np.inf))]
         settled[coarse] = True
         low[coarse] = high[coarse] = nearest
+
+
+def _with_others(
+    cost: Cost,
+    ways: np.ndarray,
+    coarse: np.ndarray,
+    scaled: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    limit: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per way to round the coarse groups all counts, the others' scaled to the limit; and which ways fit."""
+
+    def counts(log_factor: np.ndarray) -> np.ndarray:
+        found = np.clip(np.exp(log_factor)[:, None] * scaled, low, high)
+        found[:, coarse] = ways
+        return found
+
+    least, most = np.full(len(ways), -12.0), np.full(len(ways), 12.0)
+    for _ in range(40):
+        middle = 0.5 * (least + most)
+        inside = _soft(cost, counts(middle)) <= limit
+        least, most = np.where(inside, middle, least), np.where(inside, most, middle)
+    found = counts(least)
+    return found, _soft(cost, found) <= limit
 
 
 def _soft(cost: Cost, counts: np.ndarray) -> Any:

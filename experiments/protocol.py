@@ -259,7 +259,8 @@ class Seed:
         log_shares = rng.uniform(-2, 2, len(groups.groups)) * np.log(2)
         log_shares[[group.coupling for group in groups.groups]] = 20.0
         share = np.exp(np.asarray(on_budget(cost, jnp.asarray(log_shares, float), budget))) / groups.sizes
-        return round_counts(cost, share, ca.params(budget).limit(groups))
+        floor = np.where([group.coupling for group in groups.groups], cost.most, cost.least)
+        return round_counts(cost, share, ca.params(budget).limit(groups), floor=floor)
 
 
 Method = Callable[[Seed], Candidate]

@@ -111,6 +111,22 @@ def test_rounding_keeps_proportions(dense_groups):
     assert ratio.max() / ratio.min() < 1.06
 
 
+def test_cheap_groups_do_not_starve_for_half_a_unit(dense_groups):
+    """At 3 % a unit of an outer layer is 2.4 % of the limit: both up would leave 3 and 2 inner ones."""
+    cost = parameter_cost(dense_groups)
+    counts = uniform_counts(cost, int(0.03 * cost.total), whole=[2])
+    assert counts.tolist() == [20, 10, 32, 10, 19]
+
+
+def test_groups_at_their_ceiling_stay_there_while_others_yield():
+    """The third one wants far more than it may keep: what the first one gains is not taken from it."""
+    groups = chain(784, 128, 64, 32, 10)
+    cost = parameter_cost(groups)
+    counts = round_counts(cost, np.array([5.8 / 128, 12 / 64, 100.0]), int(0.049 * cost.total))
+    assert counts[0] == 6
+    assert counts[2] >= 31  # One was exchanged for another unit, to spend the limit.
+
+
 def test_rounding_below_the_floors(dense_groups):
     cost = parameter_cost(dense_groups)
     with pytest.raises(BudgetError, match="least counts cost"):
