@@ -190,8 +190,9 @@ def _named(groups: Groups, name: str) -> int:
 def _all_tied(groups: Groups, pairs: Any) -> Groups:
     """Groups that are forced together, pair by pair; a group that has joined another answers for both."""
     joined: dict[str, str] = {}
-    for pair in pairs:
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
+    for pair in pairs if isinstance(pairs, Collection) else [pairs]:
+        listed = isinstance(pair, Sequence) and not isinstance(pair, str)
+        if not listed or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
             raise BudgetError(
                 f"constrain: together={pairs!r}, expected a list of pairs of names of groups, such as "
                 "[('first', 'second')]."

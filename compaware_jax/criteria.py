@@ -75,7 +75,7 @@ def _threshold(name: Any, metric: Any, threshold: Any) -> float:
             "(apply, variables, batch) -> scalar, in this order, then the threshold."
         )
     given = np.asarray(threshold)
-    if given.size != 1 or not jnp.issubdtype(given.dtype, jnp.number):
+    if given.size != 1 or not jnp.issubdtype(given.dtype, jnp.number) or np.iscomplexobj(given):
         raise CriterionError(f"Criterion `{name}`: the threshold is {threshold!r}, expected one number.")
     return float(given.item())
 
@@ -88,6 +88,11 @@ class Verdict:
     before: float
     after: float
     kept: bool
+
+    @property
+    def told(self) -> str:
+        """What tables say of it: the value after, and whether that is not enough."""
+        return f"{self.after:.6g}{'' if self.kept else ' (not kept)'}"
 
 
 def measure(criteria: Sequence[Criterion], apply: Apply, variables: Any, batch: Any) -> dict[str, float]:

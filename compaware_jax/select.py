@@ -77,11 +77,7 @@ def round_counts(
             "lower its learning rate."
         )
     share = np.asarray(coefficients, float) * cost.units
-    if cost.exact(floor) > limit:
-        raise BudgetError(
-            f"round_counts: the least counts cost {cost.exact(floor)} {cost.name}, more than the limit "
-            f"{limit}. Raise the budget or lower the floors."
-        )
+    _check_reachable(cost, floor, limit, "round_counts")
     settled, low, high = _settled(cost, share, limit, floor)
 
     def rounded(scaled: np.ndarray) -> np.ndarray:
@@ -90,6 +86,14 @@ def round_counts(
 
     wanted = _largest(share, cost, lambda scaled: cost.exact(rounded(scaled)) <= limit)
     return _fill(cost, rounded(wanted), wanted, limit, floor, settled)
+
+
+def _check_reachable(cost: Cost, least: np.ndarray, limit: int, caller: str) -> None:
+    if cost.exact(least) > limit:
+        raise BudgetError(
+            f"{caller}: the least counts cost {cost.exact(least)} {cost.name}, more than the limit {limit}. "
+            "Raise the budget or lower the floors."
+        )
 
 
 def _whole_steps(cost: Cost, counts: np.ndarray) -> np.ndarray:
@@ -260,11 +264,7 @@ def global_counts(
     Raises:
       BudgetError: the floors cost more than the limit.
     """
-    if cost.floor > limit:
-        raise BudgetError(
-            f"global_counts: the least counts cost {cost.floor} {cost.name}, more than the limit {limit}. "
-            "Raise the budget or lower the floors."
-        )
+    _check_reachable(cost, cost.least, limit, "global_counts")
     best = groups.group_of_unit[np.argsort(-np.asarray(scores, float), kind="stable")]
 
     def of(number: int) -> np.ndarray:

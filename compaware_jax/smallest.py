@@ -40,10 +40,7 @@ class Smallest:
     def __str__(self) -> str:
         """Every budget that was tried, and what each criterion had there; then the result."""
         names = [verdict.criterion for verdict in self.tried[0].verdicts] if self.tried else []
-        rows = [
-            (f"{budget:.2%}", *(f"{v.after:.6g}{'' if v.kept else ' (not kept)'}" for v in verdicts))
-            for budget, _, verdicts in self.tried
-        ]
+        rows = [(f"{budget:.2%}", *(v.told for v in verdicts)) for budget, _, verdicts in self.tried]
         end = "No budget that was tried keeps every criterion." if self.result is None else str(self.result)
         return f"{text_table(('budget', *names), rows)}\n\n{end}"
 

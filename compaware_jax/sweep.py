@@ -84,7 +84,7 @@ class Front(tuple[Point, ...]):
         rows = []
         for point in self:
             before, after = point.costs[point.budget.cost]
-            told = [f"{v.after:.6g}{'' if v.kept else ' (not kept)'}" for v in point.verdicts]
+            told = [verdict.told for verdict in point.verdicts]
             end = "diverged" if point.diverged else ""
             share = f"{point.budget.fraction:.2%}"
             rows.append((share, point.seed, f"{after:,}", f"{after / max(before, 1):.2%}", *told, end))

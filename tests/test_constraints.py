@@ -201,6 +201,8 @@ def test_a_group_is_emptied_only_where_that_is_allowed():
         ({"together": [("encoder", "middle")]}, "cannot be forced together"),
         ({"together": [("encoder", "nowhere")]}, "'nowhere' is no group"),
         ({"together": ("encoder", "middle")}, "expected a list of pairs of names"),
+        ({"together": 3}, "expected a list of pairs of names"),
+        ({"together": [3]}, "expected a list of pairs of names"),
         ({"together": [("encoder", "middle", "decoder")]}, "expected a list of pairs of names"),
         ({"apart": {"decoder": 99}}, "cannot be split into 99 parts"),
         ({"apart": {"decoder": 2.5}}, r"cannot be split into 2\.5 parts. Expected a whole number"),

@@ -189,6 +189,7 @@ def test_linear_criteria_have_a_gradient(trained):
         ((tasks.error, "error", 0.2), "expected a string and a function .* in this order"),
         (("error", 0.2, tasks.error), "the name is 'error' and the metric 0.2, expected a string and a func"),
         (("error", tasks.error, "0.2"), "the threshold is '0.2', expected one number"),
+        (("error", tasks.error, 0.2j), "expected one number"),
     ],
 )
 def test_arguments_of_criteria(arguments, message):
