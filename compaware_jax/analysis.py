@@ -85,7 +85,9 @@ class Analysis:
     def lines(self) -> list[np.ndarray]:
         """Every distinct array of `labels` of some value's axis."""
         tracked = (factors for value, factors in self.factors.items() if value not in self.ragged)
-        lines = (self._line(f.ids)[1] for factors in tracked for f in factors)
+        # Many values share an array of atoms.
+        atoms = {id(f.ids): f.ids for factors in tracked for f in factors}
+        lines = (self._line(ids)[1] for ids in atoms.values())
         return list({id(labels): labels for labels in lines}.values())
 
     def factor(self, value: int, axis: int) -> Factor:

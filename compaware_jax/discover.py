@@ -259,7 +259,7 @@ def _placed(
 ) -> tuple[tuple[tuple[np.ndarray, ...], ...], tuple[FixedAxis, ...]]:
     """Per leaf and axis the unit of each index, -1 where it stays; and the axes of which something stays."""
     never_read = set(unread)
-    along: dict[int, np.ndarray] = {}
+    along: dict[int, tuple[np.ndarray, bool]] = {}
     units_of, fixed = [], []
     for leaf, value in zip(leaves, analysis.program.leaf_values, strict=True):
         per_axis = []
@@ -269,9 +269,10 @@ def _placed(
                 continue
             # Axes that share their labels share their units.
             if id(labels) not in along:
-                along[id(labels)] = unit_of_class[labels]
-            units = along[id(labels)]
-            if (units < 0).any():
+                units = unit_of_class[labels]
+                along[id(labels)] = units, bool((units < 0).any())
+            units, some_stay = along[id(labels)]
+            if some_stay:
                 fixed.append(_fixed_axis(analysis, leaf, axis, value, units))
             per_axis.append(units)
         units_of.append(tuple(per_axis))

@@ -240,9 +240,7 @@ class Ledger:
 
     def solve(self) -> Solution:
         """Classes of atoms under the equalities collected so far."""
-        names = self._names()
-        node_of = (np.cumsum(names == np.arange(self.size)) - 1)[names]
-        nodes = int(node_of.max(initial=-1)) + 1
+        node_of, nodes = self._nodes()
         empty = [(np.zeros(0, int),) * 2]
         a, b = (node_of[np.concatenate(ends)] for ends in zip(*(self._edges or empty), strict=True))
         graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(nodes, nodes))
@@ -255,8 +253,8 @@ class Ledger:
             inexact=_first_reasons(self._inexact, labels),
         )
 
-    def _names(self) -> np.ndarray:
-        """Per atom the first one that it is the same as by whole runs."""
+    def _nodes(self) -> tuple[np.ndarray, int]:
+        """Per atom its node, and how many nodes there are: atoms that are the same by whole runs are one."""
         first: dict[int, int] = {}
 
         def root(start: int) -> int:
@@ -268,10 +266,17 @@ class Ledger:
         for a, b in self._same_runs:
             a, b = root(a), root(b)
             first[max(a, b)] = min(a, b)
-        names, sizes = np.arange(self.size), {start: ids.size for start, ids in self._runs.values()}
-        for start in first:
-            names[start : start + sizes[start]] = names[root(start) : root(start) + sizes[start]]
-        return names
+        # Runs lie one behind the other; the first of those that are the same comes before the others.
+        nodes, node_of_start, shifts = 0, dict[int, int](), []
+        for start, ids in self._runs.values():
+            if (of := root(start)) == start:
+                node_of_start[start] = nodes
+                nodes += ids.size
+            shifts.append(node_of_start[of] - start)
+        sizes = [ids.size for _, ids in self._runs.values()]
+        node_of = np.repeat(np.array(shifts, int), sizes)
+        node_of += np.arange(self.size)
+        return node_of, nodes
 
 
 def _first_reasons(marks: list[tuple[np.ndarray, str]], labels: np.ndarray) -> dict[int, str]:
@@ -313,9 +318,24 @@ def combine(
       A list of (axes, ids, zero), where zero holds each operand's zero flag, or None where the operand
       has no factor on these axes.
     """
-    pool = [[index, factor] for index, factors in enumerate(operands) for factor in factors]
     # Factors of one axis each overlap only where they are equal.
-    changed = any(len(factor.axes) > 1 for _, factor in pool)
+    if any(len(factor.axes) > 1 for factors in operands for factor in factors):
+        operands = _apart(ledger, operands)
+    merged: dict[tuple[int, ...], tuple[np.ndarray, list[bool | None]]] = {}
+    for index, factors in enumerate(operands):
+        for factor in factors:
+            if factor.axes not in merged:
+                merged[factor.axes] = (factor.ids, [None] * len(operands))
+            ids, zero = merged[factor.axes]
+            ledger.equate(ids, factor.ids)
+            zero[index] = factor.zero
+    return [(axes, ids, zero) for axes, (ids, zero) in merged.items()]
+
+
+def _apart(ledger: Ledger, operands: Sequence[Factors]) -> list[Factors]:
+    """The operands' factors, those that overlap reconciled: any two span the same axes, or share none."""
+    pool = [[index, factor] for index, factors in enumerate(operands) for factor in factors]
+    changed = True
     while changed:
         changed = False
         for left in pool:
@@ -324,14 +344,7 @@ def combine(
                 if shared and left[1].axes != right[1].axes:
                     left[1], right[1] = _reconciled(ledger, left[1], right[1], shared)
                     changed = True
-    merged: dict[tuple[int, ...], tuple[np.ndarray, list[bool | None]]] = {}
-    for index, factor in pool:
-        if factor.axes not in merged:
-            merged[factor.axes] = (factor.ids, [None] * len(operands))
-        ids, zero = merged[factor.axes]
-        ledger.equate(ids, factor.ids)
-        zero[index] = factor.zero
-    return [(axes, ids, zero) for axes, (ids, zero) in merged.items()]
+    return [tuple(factor for index, factor in pool if index == n) for n in range(len(operands))]
 
 
 def _reconciled(ledger: Ledger, left: Factor, right: Factor, shared: set[int]) -> tuple[Factor, Factor]:

@@ -112,21 +112,22 @@ def _analyse(
 
 
 def analyse_seeded(
-    program: Program,
-    inputs: Sequence[Tracked],
-    atoms: int,
-    *,
-    nested: bool = False,
-    cuts: Cuts = USUAL,
+    program: Program, inputs: Sequence[Tracked], atoms: int, *, cuts: Cuts = USUAL
 ) -> Analysis:
-    """Analyse a program whose inputs already carry atoms (integers below `atoms`); nothing is fixed.
+    """Analyse a program whose inputs already carry atoms (integers below `atoms`); nothing is fixed."""
+    return _seeded(program, inputs, atoms, cuts)[0].close(program)
+
+
+def _seeded(
+    program: Program, inputs: Sequence[Tracked], atoms: int, cuts: Cuts, *, nested: bool = False
+) -> tuple[_Propagation, list[Tracked]]:
+    """What `analyse_seeded` solves, and the outputs.
 
     With `nested`, the derivative rules of calls inside it are not looked at (a rule may call itself).
     """
     propagation = _Propagation(Ledger(cuts=cuts), program.constants, strict=False, nested=nested)
     propagation.ledger.fresh(atoms)
-    propagation.block(program.block, inputs)
-    return propagation.close(program)
+    return propagation, propagation.block(program.block, inputs)
 
 
 def _leaf(ledger: Ledger, shape: tuple[int, ...]) -> Tracked:
@@ -286,9 +287,8 @@ def _derivative_is_zero(
         return False, False
     tangents = [Tracked(x.shape, x.factors) for x in inputs]
     program = flatten(closed, leaves=())
-    analysis = analyse_seeded(program, [*inputs, *tangents], atoms, nested=True, cuts=cuts)
-    zero = all(f.zero for value in program.block.outputs for f in analysis.factors.get(value, ()))
-    return zero, is_elementwise(program.block)
+    _, outputs = _seeded(program, [*inputs, *tangents], atoms, cuts, nested=True)
+    return all(f.zero for x in outputs for f in x.factors), is_elementwise(program.block)
 
 
 def _doubtful(x: Tracked) -> Tracked:

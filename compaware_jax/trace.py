@@ -247,9 +247,10 @@ class _Flattener:
 
     def joined(self, scope: str, stack: Any) -> str:
         """A scope and a name stack within it, as a path; neighbours mostly have the same."""
-        if (scope, stack) not in self.scopes:
-            self.scopes[scope, stack] = "/".join(s for s in (scope, str(stack)) if s)
-        return self.scopes[scope, stack]
+        path = self.scopes.get((scope, stack))
+        if path is None:
+            path = self.scopes[scope, stack] = "/".join(s for s in (scope, str(stack)) if s)
+        return path
 
     def bodies(self, eqn: jex.JaxprEqn, inputs: tuple[int, ...]) -> Iterator[Block]:
         for body, handed_in in zip(_bodies(eqn), _handed_in(eqn, inputs), strict=True):
@@ -347,7 +348,7 @@ def _live(equations: list[Equation], outputs: tuple[int, ...]) -> tuple[Equation
     """The equations that an output or an effect needs: dead code must not tie channels."""
     needed, live = set(outputs), []
     for eqn in reversed(equations):
-        if eqn.source.effects or needed & set(eqn.outputs):
+        if eqn.source.effects or not needed.isdisjoint(eqn.outputs):
             needed.update(eqn.inputs)
             live.append(eqn)
     return tuple(reversed(live))

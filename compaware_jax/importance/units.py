@@ -69,7 +69,7 @@ def _wide(dtype: Any) -> Any:
 
 
 # So many elements at a time stay in the cache.
-_BLOCK = 2**18
+_BLOCK = 2**17
 
 
 def _host_sums(leaf: Any, wanted: Sequence[int], of: Callable[[Any], Any]) -> list[np.ndarray]:
