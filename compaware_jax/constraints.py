@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from compaware_jax.errors import BudgetError
-from compaware_jax.groups import Group, Groups, Limits
+from compaware_jax.groups import Group, Groups, Limits, parameters_held
 
 Amount = int | float | np.number | jax.Array
 """A number of units (integers), or a share of a group (floats), be it of Python, numpy or JAX."""
@@ -213,11 +214,15 @@ def _tied(groups: Groups, first: str, second: str) -> Groups:
             f"constrain: `{a.name}` ({a.units} units) and `{b.name}` ({b.units} units) cannot be forced "
             "together. Expected two groups with as many units."
         )
+    times = Counter[tuple[str, int]]()
+    for path, axis, n in a.axes + b.axes:
+        times[path, axis] += n
+    axes = tuple((path, axis, n) for (path, axis), n in times.items())
     merged = replace(
         a,
-        axes=a.axes + b.axes,
+        axes=axes,
         components=tuple(dict.fromkeys(a.components + b.components)),
-        parameters=a.parameters + b.parameters,
+        parameters=parameters_held(axes, {leaf.path: leaf.shape for leaf in groups.leaves}),
     )
     listed = [merged if group is a else group for group in groups.groups if group is not b]
     number = np.arange(groups.units)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,16 @@ from compaware_jax.analysis import Analysis
 from compaware_jax.errors import RequestError, TraceError
 from compaware_jax.factors import Cuts
 from compaware_jax.garbage import uncollected
-from compaware_jax.groups import COLLECTIONS, FixedAxis, Group, Groups, Leaf, default_component, leaves_of
+from compaware_jax.groups import (
+    COLLECTIONS,
+    FixedAxis,
+    Group,
+    Groups,
+    Leaf,
+    default_component,
+    leaves_of,
+    parameters_held,
+)
 from compaware_jax.program import Program
 from compaware_jax.propagate import analyse
 from compaware_jax.trace import trace
@@ -298,24 +306,15 @@ def _describe(
     at_boundary: np.ndarray,
 ) -> tuple[Group, ...]:
     axes: list[list[tuple[str, int, int]]] = [[] for _ in sizes]
-    parameters = np.zeros(len(sizes), int)
+    shapes = {leaf.path: leaf.shape for leaf in leaves}
     spans = [(position, axis) for position in order for axis in range(len(units_of[position]))]
     along = [units_of[position][axis] for position, axis in spans]
     distinct = {id(units): units for units in along}
     counted = dict(zip(distinct, _count(list(distinct.values()), sizes), strict=True))
-    held: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for (position, axis), units in zip(spans, along, strict=True):
         for group, count in counted[id(units)]:
             # Units of a group are interchangeable: each holds as many indices as the others.
-            times = count // int(sizes[group])
-            axes[group].append((leaves[position].path, axis, times))
-            held.setdefault((position, group), []).append((axis, times))
-    for (position, group), held_axes in held.items():
-        shape = leaves[position].shape
-        size = rest = math.prod(shape)
-        for axis, times in held_axes:
-            rest = rest // shape[axis] * (shape[axis] - times)
-        parameters[group] += size - rest
+            axes[group].append((leaves[position].path, axis, count // int(sizes[group])))
     names = _names([spans[0] for spans in axes])
     return tuple(
         Group(
@@ -324,7 +323,7 @@ def _describe(
             offset=int(offsets[g]),
             axes=tuple(axes[g]),
             components=tuple(dict.fromkeys(components(path) for path, _, _ in axes[g])),
-            parameters=int(parameters[g]),
+            parameters=parameters_held(axes[g], shapes),
             boundary=bool(at_boundary[g]),
         )
         for g in range(len(sizes))

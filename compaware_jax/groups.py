@@ -8,8 +8,9 @@ consecutive; arrays "over units" in the rest of the package use that numbering.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -278,6 +279,14 @@ def leaves_of(variables: Any) -> tuple[Leaf, ...]:
     named = named_leaves(variables)
     names = {dtype: str(dtype) for dtype in dict.fromkeys(leaf.dtype for _, leaf in named)}
     return tuple(Leaf(path, tuple(leaf.shape), names[leaf.dtype]) for path, leaf in named)
+
+
+def parameters_held(axes: Sequence[tuple[str, int, int]], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Parameters under a unit that spans axes, as `Group.axes`, of leaves with these shapes."""
+    rest = {path: list(shapes[path]) for path, _, _ in axes}
+    for path, axis, times in axes:
+        rest[path][axis] -= times
+    return sum(math.prod(shapes[path]) - math.prod(left) for path, left in rest.items())
 
 
 def fingerprint(leaves: Sequence[Leaf]) -> str:

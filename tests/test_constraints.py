@@ -2,6 +2,7 @@
 
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -144,6 +145,9 @@ def test_groups_forced_together_leave_index_by_index():
     tied = ca.constrain(apart, together=[("a", "b")])
     assert [g.units for g in apart.groups] == [8, 8]
     assert [(g.name, g.units, len(g.axes)) for g in tied.groups] == [("a", 8, 4)]
+    without_one = ca.shrink(variables, ca.plan_units(tied, np.arange(8) > 0))
+    left = sum(leaf.size for leaf in jax.tree.leaves(without_one))
+    assert tied.groups[0].parameters == sum(leaf.size for leaf in variables.values()) - left
     keep = random_keep(tied, rng)
     plan = ca.plan_units(tied, keep)
     assert plan.kept[1][0] == plan.kept[1][1] == tuple(np.flatnonzero(keep))
