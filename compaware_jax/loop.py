@@ -40,7 +40,7 @@ def run_steps(
 ) -> tuple[Any, dict[str, np.ndarray]]:
     """Run a pure step function for a number of steps, in compiled chunks.
 
-    Interrupted by Ctrl-C, the last finished chunk is saved. Killed at any moment and started again
+    Interrupted by Ctrl-C, it ends and saves the chunk that runs. Killed at any moment and started again
     with the same arguments, it ends in the same state, bit for bit, as an undisturbed run.
 
     Args:
@@ -71,9 +71,11 @@ def run_steps(
         raise RequestError(f"{label}: between={outside}, expected numbers of steps from 0 to {steps}.")
     edges = _edges(steps, chunk, between)
     chunks = len(edges) - 1
+    state = _owned(state)
     open_step, held, (_, shapes) = _opened(step, state, jnp.int32(0))
     history = {name: np.full((chunks, *info.shape), np.nan, np.float64) for name, info in shapes.items()}
-    compiled = jax.jit(_chunk_runner(open_step), static_argnames="length")
+    # Each chunk takes the memory of the state before it: a state is as large as variables and moments.
+    compiled = jax.jit(_chunk_runner(open_step), static_argnames="length", donate_argnames="state")
     store = (
         None
         if directory is None
@@ -82,7 +84,7 @@ def run_steps(
             {"steps": steps, "chunk": chunk, "between": sorted(between), **(job or {})},
         )
     )
-    done = 0
+    done, running = 0, None
     try:
         if store is not None:
             done, state, history = store.restore(state, history)
@@ -91,20 +93,22 @@ def run_steps(
                 bar.set_postfix_str("compiling" if done < chunks else "")
                 while done < chunks:
                     start, length = edges[done], edges[done + 1] - edges[done]
-                    # Until the chunk is finished, an interruption must find the state before it.
-                    begin = between[start](state) if start in between else state
-                    new, info = compiled(held, begin, jnp.int32(start), length=length)
-                    means = jax.device_get(info)
-                    for name, value in means.items():
-                        history[name][done] = value
-                    state, done = new, done + 1
+                    # Until the chunk has begun, an interruption must find the state before it.
+                    begin = _owned(between[start](state)) if start in between else state
+                    state, running = compiled(held, begin, jnp.int32(start), length=length)
+                    means = _noted(history, done, running)
+                    done, running = done + 1, None
                     check(state, means)
                     bar.update(length)
                     bar.set_postfix({n: f"{h[done - 1]:.4g}" for n, h in history.items() if h.ndim == 1})
                     if store is not None and (done % every == 0 or done == chunks):
                         store.save(done, state, history)
             except KeyboardInterrupt:
-                if store is not None and done:
+                if store is not None and running is not None:
+                    # What was before this chunk is gone, so it is waited for.
+                    _noted(history, done, running)
+                    done += 1
+                if store is not None and done and not _is_gone(state):
                     store.save(done, state, history)
                 raise
         if steps in between:
@@ -113,6 +117,25 @@ def run_steps(
         if store is not None:
             store.close()
     return state, history
+
+
+def _noted(history: Mapping[str, np.ndarray], chunk: int, info: Any) -> dict[str, Any]:
+    """The means of a chunk, once it is finished, put down in the history."""
+    means = jax.device_get(info)
+    for name, value in means.items():
+        history[name][chunk] = value
+    return means
+
+
+@jax.jit
+def _owned(tree: Any) -> Any:
+    """The tree in memory of its own: a chunk may take it, and the caller's arrays stay."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def _is_gone(tree: Any) -> bool:
+    """Whether a chunk has taken a tree's memory."""
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(tree))
 
 
 def _edges(steps: int, chunk: int, between: Iterable[int]) -> list[int]:

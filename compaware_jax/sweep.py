@@ -206,7 +206,7 @@ def sweep(
     The first lane of a budget does what `compress` does with the same key, except that its fine-tune runs
     masked at full width, so that all lanes have one shape, and that the boundary is trimmed once, for the
     highest budget. The lanes of the other seeds draw other data and allocations. Arguments are those of
-    `compress`. A lane needs memory for about twenty times the variables.
+    `compress`. A lane needs memory for about thirteen times the variables.
 
     Args:
       apply: pure function ``apply(variables, *args)``.
@@ -220,7 +220,7 @@ def sweep(
       held_out: the batch on which they are measured.
       search: how coefficients are found; default `GradientSearch`.
       score: ranks units within their group; see `compress`.
-      fine_tune: steps of the last phase.
+      fine_tune: steps of the last phase, fewer than those of `compress`: they run at full width.
       learning_rate: of the last phase.
       key: source of randomness; default ``jax.random.key(0)``.
       directory: where to keep checkpoints; None for none.

@@ -99,6 +99,44 @@ def test_interrupted_while_a_chunk_runs(tmp_path, monkeypatch, between):
     assert state["x"] == run(40, chunk=5, between=between)[0]["x"]
 
 
+def test_interrupted_after_a_chunk_took_the_state(tmp_path):
+    """Nothing of it can be saved then; what was saved before is good."""
+
+    def lost(state):
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(40, chunk=5, directory=tmp_path, every=2, between={25: lost})
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == [2, 4]
+    state, _ = run(40, chunk=5, directory=tmp_path, every=2, between={25: lambda s: s})
+    assert state["x"] == run(40, chunk=5)[0]["x"]
+
+
+def test_the_callers_arrays_stay():
+    """Chunks take the memory of the state, but not that of the first one, nor of what hooks hand in."""
+    given, mine = start(), jnp.float32(2.0)
+    run_steps(
+        step, given, 20, label="test", chunk=5, between={10: lambda s: {**s, "x": mine}}, progress=False
+    )
+    assert float(given["x"]) == 1.0
+    assert float(mine) == 2.0
+
+
+def test_a_state_is_held_once():
+    """A run of large variables needs their memory once, beside the caller's."""
+    held = []
+
+    def look(state):
+        held.append(sum(x.nbytes for x in jax.live_arrays() if x.nbytes == given.nbytes))
+        return state
+
+    given = jnp.ones(2**20)
+    run_steps(lambda s, i: (0.5 * s, {"x": s[0]}), given, 20, label="x", between={20: look}, progress=False)
+    assert held == [2 * given.nbytes]
+
+
 def test_finished_run_returns_at_once(tmp_path):
     first, _ = run(20, chunk=5, directory=tmp_path, between={0: lambda s: s})
     seen = []
