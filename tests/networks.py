@@ -104,6 +104,34 @@ def _branch(d: _Network) -> None:
     d.steps.append(lambda v, x: jnp.concatenate([x, jnp.sin(x @ v[w])], -1))
 
 
+def _stacked(d: _Network) -> None:
+    """Two branches, stacked and laid out again, one behind the other or in turn."""
+    branches = [d.leaf(len(d.features), h) for h in [d.width()] * 2]
+    names = [d.new(d.variables[w].shape[-1]) for w in branches]
+    in_turn = bool(d.rng.integers(2))
+    d.features = [n for pair in zip(*names, strict=True) for n in pair] if in_turn else names[0] + names[1]
+
+    def step(v: Any, x: jax.Array) -> jax.Array:
+        both = jnp.stack([jnp.tanh(x @ v[w]) for w in branches], -1 if in_turn else -2)
+        return both.reshape(*x.shape[:-1], -1)
+
+    d.steps.append(step)
+
+
+def _packed(d: _Network) -> None:
+    """Two branches handed on in one array, each read by a layer of its own."""
+    h, out = d.width(), d.width()
+    ways = [(d.leaf(len(d.features), h), d.leaf(h, out)) for _ in range(2)]
+    d.new(2 * h)
+    d.features = d.new(out)
+
+    def step(v: Any, x: jax.Array) -> jax.Array:
+        both = jnp.stack([jnp.sin(x @ v[up]) for up, _ in ways])
+        return sum((both[i] @ v[down] for i, (_, down) in enumerate(ways)), jnp.zeros(()))
+
+    d.steps.append(step)
+
+
 def _folded(d: _Network) -> None:
     """The halves of the stream added: a feature of one is one with a feature of the other."""
     if len(d.features) % 2 or len(d.features) < 4:
@@ -220,7 +248,7 @@ def _pool(d: _Network) -> None:
 
 _ANY = (
     _dense, _pointwise, _pointwise, _residual, _gated, _branch, _folded, _permuted, _shuffled, _doubled,
-    _layer_norm, _ensemble, _embedded,
+    _layer_norm, _ensemble, _embedded, _stacked, _packed,
 )  # fmt: skip
 _SEQUENCE = (*_ANY, _attention, _recurrent)
 _IMAGE = (*_ANY, _conv, _conv, _depthwise, _squeeze_excite, _pool)

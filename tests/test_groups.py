@@ -209,6 +209,49 @@ def test_heads_leave_whole_or_within_on_request(fused):
     np.testing.assert_allclose(small, apply(masked, longer), rtol=1e-10)
 
 
+STACKED = {
+    "flattened": (lambda both, v, x: flat(both.swapaxes(0, 1)) @ v["both"], [6, 6]),
+    "in turn": (lambda both, v, x: flat(jnp.moveaxis(both, 0, 2)) @ v["both"], [6, 6]),
+    "unpacked": (lambda both, v, x: both[0] @ v["first"] + jnp.cos(both[1]) @ v["second"], [6, 6]),
+    "averaged": (lambda both, v, x: both.mean(0) @ v["first"], [6]),
+    "weighed": (lambda both, v, x: weighed(both, x @ v["gate"]) @ v["first"], [6]),
+    "scaled apiece": (lambda both, v, x: flat((both * v["scale"]).swapaxes(0, 1)) @ v["both"], [6]),
+    "in one product": (lambda both, v, x: jnp.einsum("tbh,thk->bk", both, v["cube"]), [6]),
+    "returned in part": (lambda both, v, x: (both[0] @ v["first"], both[:, :, :1]), [5, 5]),
+}
+
+
+def flat(x):
+    return x.reshape(len(x), -1)
+
+
+def weighed(both, logits):
+    return jnp.einsum("tbh,bt->bh", both, jax.nn.softmax(logits))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("stack", [jnp.stack, lambda xs: jnp.concatenate([x[None] for x in xs])])
+@pytest.mark.parametrize("use", STACKED)
+def test_stacked_values_leave_apart_where_that_frees_more(use, stack):
+    """Whole branches would be few units: where not all can leave one by one, they leave index by index."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "a": (3, 6), "b": (3, 6), "both": (12, 2), "first": (6, 2), "second": (6, 2), "gate": (3, 2),
+        "scale": (2, 1, 1), "cube": (2, 6, 2),
+    }  # fmt: skip
+    variables = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    read, expected = STACKED[use]
+
+    def apply(v, x):
+        return read(stack([jnp.tanh(x @ v["a"]), jax.nn.sigmoid(x @ v["b"])]), v, x)
+
+    x = rng.normal(size=(4, 3))
+    groups = ca.find_groups(apply, variables, x)
+    assert groups.sizes.tolist() == expected
+    for _ in range(3):
+        assert max(law_errors(apply, variables, x, keep=random_keep(groups, rng), groups=groups)) <= 1e-10
+
+
 @pytest.mark.usefixtures("x64")
 def test_boundary_frees_what_is_read_of_inputs_and_written_to_outputs():
     """A skip keeps the input whole, a bias the output; only the kernels' rows and columns leave."""

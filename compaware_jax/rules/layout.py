@@ -1,4 +1,4 @@
-"""Primitives that rename or regroup axes: transpose, squeeze, broadcast, stack, reshape."""
+"""Primitives that rename or regroup axes: transpose, squeeze, broadcast, reshape."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives as p
 
-from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
+from compaware_jax.factors import Factor, Ledger, Tracked, minimal
 from compaware_jax.placement import dividing, explicit
 from compaware_jax.program import Equation
-from compaware_jax.rules.arrays import bind, cut, small_shape
+from compaware_jax.rules.arrays import bind, small_shape
 from compaware_jax.rules.families import freed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
@@ -57,28 +57,6 @@ def _slim_broadcast(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kep
 register_rule(p.transpose_p, _couple_transpose, _slim_same, moves=True)
 register_rule(p.squeeze_p, _couple_squeeze, _slim_same, moves=True)
 register_rule(p.broadcast_in_dim_p, _couple_broadcast, _slim_broadcast)
-
-
-def _couple_stack(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
-    new = eqn.params["axis"]
-    moved = [tuple(f.moved({a: a + (a >= new) for a in f.axes}) for f in x.factors) for x in inputs]
-    factors = []
-    for axes, ids, flags in combine(ledger, moved):
-        zero = all(flag or x.uniform == 0 for flag, x in zip(flags, inputs, strict=True))
-        factors.append(Factor(axes, ids, zero))
-    if factors and len(inputs) > 1:
-        ids = ledger.fresh_fixed(len(inputs), reason=f"joined one by one by {eqn.where}")
-        factors.append(Factor((new,), ids, True))
-    return [Tracked(eqn.out_shapes[0], tuple(factors))]
-
-
-def _slim_stack(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
-    new = eqn.params["axis"]
-    target = kept[0][:new] + kept[0][new + 1 :]
-    return bind(eqn, [cut(x, target) for x in operands])
-
-
-register_rule(lax.stack_p, _couple_stack, _slim_stack)
 
 
 def _couple_constant(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
