@@ -23,6 +23,7 @@ from compaware_jax.groups import (
     leaves_of,
     parameters_held,
 )
+from compaware_jax.model_objects import check_function
 from compaware_jax.program import Program
 from compaware_jax.propagate import analyse
 from compaware_jax.trace import trace
@@ -98,6 +99,7 @@ def find_groups(
             f"find_groups: components={components!r}, expected a function from the path of a leaf to the "
             "name of its component, such as lambda path: path.split('/')[1]."
         )
+    check_function(apply, variables, "find_groups")
     program = trace(apply, variables, *args, **kwargs)
     released = (released,) if isinstance(released, str) else tuple(released)
     for name in released:

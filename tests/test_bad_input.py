@@ -2,14 +2,18 @@
 
 import inspect
 
+import equinox as eqx
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 import compaware_jax as ca
 from compaware_jax.errors import PlanError, TraceError
 from compaware_jax.law import law_errors
+from compaware_jax.model_objects import check_function
 
 RNG = np.random.default_rng(0)
 
@@ -28,6 +32,41 @@ X = RNG.normal(size=(2, 3))
 def test_leaf_that_is_no_array():
     with pytest.raises(TraceError, match=r"`name` is str, expected an array.*functools.partial"):
         ca.find_groups(two_layers, variables(name="net"), X)
+
+
+class _Linen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(2)(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "adapter"),
+    [
+        (_Linen(), variables(), "linen"),
+        (_Linen().apply, _Linen(), "linen"),
+        (nnx.Linear(3, 2, rngs=nnx.Rngs(0)), X, "nnx"),
+        (eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), X, "equinox"),
+        (lambda m, x: m(x[0]), eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)), "equinox"),
+        (hk.transform(lambda x: hk.Linear(2)(x)), variables(), "haiku"),
+    ],
+)
+def test_model_objects_are_for_adapters(function, given, adapter):
+    message = rf"find_groups: a model object, .*compaware_jax\.adapters\.{adapter}\.functional"
+    with pytest.raises(TraceError, match=message):
+        check_function(function, given, "find_groups")
+    if callable(function):
+        with pytest.raises(TraceError, match=message):
+            ca.find_groups(function, given, X)
+
+
+def test_modules_that_are_trees_of_arrays_are_variables():
+    model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    arrays, static = eqx.partition(model, eqx.is_array)
+    call = eqx.filter_jit(lambda m, x: eqx.combine(m, static)(x))
+    assert ca.find_groups(call, arrays, X[0]).sizes.tolist() == [4]
+    module = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+    assert ca.find_groups(lambda m, x: m(x), module, X).sizes.tolist() == [4]
 
 
 def test_python_number_among_the_variables():
