@@ -292,7 +292,9 @@ def _placed(
 def _fixed_axis(analysis: Analysis, leaf: Leaf, axis: int, value: int, units: np.ndarray) -> FixedAxis:
     classes = analysis.solution.labels[analysis.factor(value, axis).ids][units < 0]
     for label in classes:
-        reason = analysis.solution.fixed.get(label) or analysis.solution.inexact.get(label)
+        reason = analysis.solution.fixed.get(label)
+        if reason is None and label in analysis.solution.inexact:
+            reason = f"{analysis.solution.inexact[label]}; inexact=True releases it"
         if reason:
             return FixedAxis(leaf.path, axis, int((units < 0).sum()), reason)
     return FixedAxis(leaf.path, axis, int((units < 0).sum()), "nothing else reads it at these input shapes")
