@@ -81,8 +81,8 @@ def compress(trained: tuple[Any, ca.Groups], **changes: Any) -> ca.Result:
     """The main job on a trained model and its groups, with changes to what is asked."""
     variables, found = trained
     asked = {"budget": ca.params(0.5), "search": SEARCH, "fine_tune": 200, "held_out": held_out()}
-    asked |= _ASKED | {"groups": found} | changes
-    return ca.compress(apply, variables, loss, batches, **asked)
+    asked |= _ASKED | {"groups": found, "batches": batches} | changes
+    return ca.compress(apply, variables, loss, **asked)
 
 
 def sweep(trained: tuple[Any, ca.Groups], **changes: Any) -> Any:

@@ -84,6 +84,47 @@ def test_everything_else_is_left_as_it_is(problem):
     assert trim(same, variables, [100]) == (same, variables)
 
 
+def information(problem, variables, steps):
+    """Per row of the first kernel and column of the last half the mean square of its gate's slope."""
+
+    def gradients(step):
+        return jax.grad(lambda v: tasks.loss(problem.apply, v, batches(step)))(variables)
+
+    found = jax.jit(jax.vmap(gradients))(jnp.arange(steps))
+    slopes = [
+        np.sum(np.asarray(variables[name]["w"] * found[name]["w"]), axis)
+        for name, axis in (("layer1", 2), ("layer4", 1))
+    ]
+    return [np.mean(per_step**2, 0) / 2 for per_step in slopes]
+
+
+@pytest.mark.parametrize(
+    ("demands", "share", "clamped"),
+    [
+        ({}, 0.2, {}),
+        ({}, 9.0, {}),
+        ({"floor": 13}, 0.2, {0: 13, -1: 13}),
+        ({"ceiling": 2}, 0.01, {0: 2, -1: 2}),
+        ({"multiple_of": 5}, 0.001, {0: 14, -1: 10}),
+    ],
+)
+def test_how_many_stay(problem, demands, share, clamped):
+    """All but a share of what the loss says, of which at most a half; and within what is demanded."""
+    problem, variables = problem
+    first, *_, last = problem.groups.groups
+    demands = {name: {first.name: n, last.name: n} for name, n in demands.items()}
+    groups = ca.constrain(problem.groups, **demands)
+    asked = Problem(problem.apply, tasks.loss, batches, groups, parameter_cost(groups))
+    trimmed, start = trim(asked, variables, [asked.cost.total], share=share, steps=3, calibration=1)
+    scores = np.asarray(trimmed.score(trimmed.groups, start))
+    for at, expected in zip((0, -1), information(problem, variables, 3), strict=True):
+        group = groups.groups[at]
+        np.testing.assert_allclose(scores[group.slice], expected, rtol=1e-3, atol=1e-12)
+        held = [np.sort(expected)[-n:].sum() / expected.sum() for n in range(1, group.units + 1)]
+        needed = 1 + int(np.sum(np.array(held) < 1 - min(share, 0.5)))
+        assert trimmed.groups.floors[at] == trimmed.groups.ceilings[at] == clamped.get(at, needed)
+
+
 def test_a_budget_below_what_stays_is_left_to_the_search(problem):
     problem, variables = problem
     assert trim(problem, variables, [problem.cost.floor])[0] is problem

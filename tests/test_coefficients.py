@@ -251,6 +251,29 @@ def test_gradient_search_ends_on_the_budget_and_trains(trained):
     assert all(jax.tree.leaves(changed))
 
 
+@pytest.mark.parametrize("softened", [{"noise": 0.0, "edge": 2.0}, {"noise": 0.3, "edge": 0.0}])
+def test_a_search_hardens_to_what_rounding_leaves(trained, softened):
+    """Its last step's loss is that of hard gates on the budget: the edge is gone, and nothing is drawn."""
+    variables, groups = trained
+    cost = parameter_cost(groups)
+    problem = Problem(tasks.apply, tasks.loss, tasks.batches, groups, cost)
+    search = ca.GradientSearch(steps=1000, harden=0.5, **softened).build(problem)
+
+    @jax.jit
+    def away(index):
+        """How far from the loss of hard gates the losses under three keys are."""
+        counts = jnp.exp(on_budget(cost, jnp.zeros(3), 0.3))
+        gates = soft_gates(groups, counts, ranks(groups, problem.score(groups, variables)), 0.0)
+        hard = tasks.loss(tasks.apply, ca.apply_mask(groups, gates, variables), tasks.batches(index))
+        states = [search.init(variables, 0.3, jax.random.key(seed), 0) for seed in range(3)]
+        states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        _, info = jax.vmap(search.step, in_axes=(0, None))(states, index)
+        return jnp.abs(info["loss"] / hard - 1)
+
+    assert away(500).max() > 0.01
+    assert away(999).max() < 0.001
+
+
 def test_grid_search_finds_the_best_point_of_its_grid(trained):
     variables, groups = trained
     method = ca.GridSearch(levels=(0.5, 1.0, 2.0), steps_each=60, at_once=3)
@@ -264,14 +287,45 @@ def test_grid_search_finds_the_best_point_of_its_grid(trained):
     assert shares[1] * 4 > 2
 
 
-def test_grid_of_one_point():
+@pytest.fixture
+def one_group():
+    """A model of one hidden layer, its variables and its groups."""
+
     def apply(v, x):
         return jnp.tanh(x @ v["a"]) @ v["b"]
 
-    variables = {"a": jnp.ones((8, 6)), "b": jnp.ones((6, 8))}
-    groups = ca.find_groups(apply, variables, jnp.ones((1, 8)))
+    keys = jax.random.split(jax.random.key(0))
+    variables = {"a": jax.random.normal(keys[0], (8, 6)), "b": jax.random.normal(keys[1], (6, 8))}
+    return apply, variables, ca.find_groups(apply, variables, jnp.ones((1, 8)))
+
+
+def test_grid_of_one_point(one_group):
+    apply, _, groups = one_group
     problem = Problem(apply, tasks.loss, tasks.batches, groups, parameter_cost(groups))
     assert ca.GridSearch().build(problem).steps == 1
+
+
+def test_a_point_of_the_grid_is_scored_beyond_its_fine_tune(one_group):
+    """Tuned as `fit` does, criteria included, from the data position given; then come unseen batches."""
+    apply, variables, groups = one_group
+    criteria = (ca.at_most("size", lambda f, v, b: jnp.mean(f(v, b) ** 2), 1e-3),)
+    problem = Problem(apply, tasks.loss, tasks.batches, groups, parameter_cost(groups), criteria)
+    search = ca.GridSearch(steps_each=20, learning_rate=1e-2, at_once=1, validate=2).build(problem)
+
+    @jax.jit
+    def found():
+        state = search.init(variables, 0.5, jax.random.key(0), 7)
+        return search.step(state, jnp.int32(0))[0].losses
+
+    # The budget keeps three of six units.
+    plan = ca.plan_units(groups, ranks(groups, problem.score(groups, variables)) < 3)
+    small = ca.slim(apply, plan)
+    tuned, _ = ca.fit(
+        small, ca.shrink(variables, plan), tasks.loss, lambda step: tasks.batches(step + 7), 20,
+        learning_rate=1e-2, criteria=criteria, progress=False,
+    )  # fmt: skip
+    losses = [float(tasks.loss(small, tuned, tasks.batches(7 + step))) for step in (20, 21)]
+    np.testing.assert_allclose(found(), [np.mean(losses)], rtol=1e-3)
 
 
 def test_search_is_one_program_for_many_budgets(trained):

@@ -1,5 +1,8 @@
 """The smallest model that keeps its criteria, on a small problem."""
 
+import sys
+from unittest.mock import Mock
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -41,6 +44,29 @@ def test_smallest_that_keeps_and_next_that_does_not(problem):
     before, after = found.result.costs["parameters"]
     assert after <= min(worked) * before
     assert after == sum(x.size for x in jax.tree.leaves(found.result.variables))
+
+
+@pytest.mark.parametrize(
+    ("start", "tolerance", "least", "expected"),
+    [
+        (0.4, 0.5, 0.13, [0.4, 0.2, 0.1, 0.1 * 2**0.5]),
+        (0.4, 0.2, 0.13, [0.4, 0.2, 0.1, 0.1 * 2**0.5, 0.1 * 2**0.25]),
+        (0.1, 0.45, 0.47, [0.1, 0.2, 0.4, 0.8, 0.4 * 2**0.5]),
+    ],
+)
+def test_budgets_that_are_tried(problem, monkeypatch, start, tolerance, least, expected):
+    """Halved or doubled from the start, then bisected on a logarithmic scale, only as far as is asked."""
+
+    def compressed(*args, budget, **settings):
+        kept = budget.fraction >= least
+        return Mock(spec=ca.Result, kept=kept, verdicts=(), costs={budget.cost: budget.fraction})
+
+    monkeypatch.setattr(sys.modules[ca.smallest.__module__], "compress", compressed)
+    found = smallest(problem, start=start, tolerance=tolerance, cost="bytes")
+    assert [budget for budget, _, _ in found.tried] == pytest.approx(expected)
+    assert [kept for _, kept, _ in found.tried] == [budget >= least for budget in expected]
+    assert found.result is not None
+    assert found.result.costs == {"bytes": pytest.approx(min(b for b in expected if b >= least))}
 
 
 def test_nothing_smaller_keeps_a_bound_at_the_dense_error(problem):
