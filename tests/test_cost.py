@@ -56,6 +56,27 @@ def test_dense_preset():
     assert COSTS["flops"](groups).total == 2 * (784 * 512 + 512 * 256 + 256 * 32) * 2
 
 
+def test_bytes_are_those_of_each_leaf():
+    """Half precision, flags of a byte, a random key: a unit's bytes depend on where it lies."""
+
+    def apply(v, x):
+        h = jnp.where(v["on"], jnp.tanh(x @ v["a"].astype(jnp.float32)), 0.0)
+        return jnp.where(jax.random.bernoulli(v["key"]), h, -h) @ v["b"]
+
+    variables = {
+        "a": jnp.ones((3, 6), jnp.bfloat16),
+        "b": jnp.ones((6, 2)),
+        "key": jax.random.key(0),
+        "on": jnp.ones(6, bool),
+    }
+    groups = ca.find_groups(apply, variables, jnp.ones((1, 3)))
+    small = ca.shrink(variables, ca.plan_units(groups, np.arange(6) < 4))
+    expected = 4 * (3 * 2 + 2 * 4 + 1) + 8
+    assert sum(x.nbytes for x in jax.tree.leaves(small)) == expected
+    assert COSTS["bytes"](groups).exact(np.array([4])) == expected
+    assert COSTS["bytes"](groups).total == 6 * (3 * 2 + 2 * 4 + 1) + 8
+
+
 def test_soft_cost_agrees_and_has_the_right_gradient():
     apply, variables, args = MODELS["attention"]()
     groups = ca.find_groups(apply, variables, *args)

@@ -22,6 +22,11 @@ def rows(h, index, **how):
     return jnp.take(h, index, axis=0, **how)
 
 
+def pooled(h, start, function):
+    """Over windows of two rows."""
+    return lax.reduce_window(h, start, function, (2, 1), (1, 1), "VALID")
+
+
 def over_a_name(function, h):
     return jax.vmap(function, axis_name="rows")(h)
 
@@ -56,6 +61,14 @@ HIDDEN = {
     "a window in the holes": lambda h: jnp.minimum(
         lax.reduce_window(h, jnp.inf, lax.min, (1, 1), (1, 1), "VALID", base_dilation=(2, 1)), 5.0
     ),
+    "sums over windows of ones": lambda h: pooled(jnp.cos(h), 0.0, lax.add),
+    "windows of a function of its own": lambda h: pooled(lax.stop_gradient(h), 0.0, lambda a, b: a + b + 1.0),
+    "running sums of ones": lambda h: jnp.cumsum(jnp.cos(h), 0),
+    "running sums along the channels": lambda h: jnp.cumsum(h, 1),
+    "running sums of exponentials": lambda h: lax.cumlogsumexp(h, 0),
+    "the largest of ones": lambda h: lax.top_k(jnp.cos(h), 2, axis=0)[0],
+    "places of the largest": lambda h: lax.top_k(h, 4, axis=0)[1] * jnp.cos(h),
+    "ones in the order of others": lambda h: lax.sort((h, jnp.cos(h)), dimension=0, num_keys=1)[1],
     "segments without members": lambda h: jnp.maximum(
         jax.ops.segment_max(h, jnp.array([0, 0, 2, 2]), 4), -3.0
     ),
@@ -174,6 +187,48 @@ def test_channels_that_stay_zero_run_small():
         groups = ca.find_groups(apply, VARIABLES, X, np.array([0, 3]))
         plan = ca.plan_units(groups, KEEP)
         assert [e.where for e in ca.uncut(groups, plan) if "reduce_sum" in e.where] == []
+
+
+# What of channels (4, 6) that are zero leaves them zero.
+ZEROS = {
+    "sums over windows": lambda h: pooled(h, 0.0, lax.add),
+    "the largest in windows": lambda h: pooled(h, -jnp.inf, lax.max),
+    "running sums": lambda h: jnp.cumsum(h, 0),
+    "running products": lambda h: jnp.cumprod(h, 0),
+    "running maxima": lambda h: lax.cummax(h, 0),
+    "sorted": lambda h: jnp.sort(h, 0),
+    "sorted as others are": lambda h: lax.sort((jnp.cos(h), h), dimension=0, num_keys=1)[1],
+    "the largest": lambda h: lax.top_k(h, 2, axis=0)[0],
+}
+
+
+@pytest.mark.parametrize("of", ZEROS)
+def test_what_is_zero_of_zeros_runs_small(of):
+    """What left was zero before and is zero after: no sum over the channels needs them all."""
+
+    def apply(v, x):
+        h = ZEROS[of](x @ v["a"])
+        return (h - h.sum(-1, keepdims=True)) @ v["b"]
+
+    groups = ca.find_groups(apply, VARIABLES, X, strict=True)
+    assert groups.units == 6
+    assert ca.uncut(groups, ca.plan_units(groups, KEEP)) == ()
+    assert max(law_errors(apply, VARIABLES, X, keep=KEEP, groups=groups)) <= 1e-10
+
+
+def test_a_loop_may_start_where_it_is_singular_for_every_channel():
+    """The root of a mean that starts at zero tells no channel from another, and later it is not zero."""
+
+    def step(mean, row):
+        scaled = row / (lax.stop_gradient(jnp.sqrt(mean)) + 0.1)
+        return 0.9 * mean + 0.1 * row**2, scaled
+
+    def apply(v, x):
+        return lax.scan(step, jnp.zeros(6), jnp.cos(x @ v["a"]))[1] @ v["b"]
+
+    groups = ca.find_groups(apply, VARIABLES, X, strict=True)
+    assert groups.units == 6
+    assert max(law_errors(apply, VARIABLES, X, keep=KEEP, groups=groups)) <= 1e-10
 
 
 def test_activated_channels_of_images_stay_zero():

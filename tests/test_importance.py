@@ -179,7 +179,10 @@ def test_evidence_of_steps(scored, smoothing):
     np.testing.assert_allclose(evidence.slope, weights @ slopes, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(importance.accumulated(evidence), weights @ np.array(norms), rtol=1e-3)
     np.testing.assert_allclose(importance.fisher(evidence), weights @ slopes**2 / 2, rtol=1e-3, atol=1e-7)
-    assert importance.bayesian(evidence).shape == (groups.units,)
+    mean, square = weights @ slopes, weights @ slopes**2
+    spread = weights @ (slopes - mean) ** 2
+    expected = np.abs(mean) * np.sqrt(square + 1e-8) / np.sqrt(spread + 1e-8)
+    np.testing.assert_allclose(importance.bayesian(evidence), expected, rtol=1e-2, atol=1e-5)
 
 
 def test_a_gate_on_which_steps_agree_is_surer(scored):

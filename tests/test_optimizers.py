@@ -100,6 +100,22 @@ def test_what_is_laid_out_anew_starts_anew_and_is_named(cut):
     assert not small[0].v_row["in"].any()
 
 
+def test_means_that_change_places_start_anew(cut):
+    """Columns become as long as rows: what were means of columns has the shape of means of rows."""
+    variables, _ = cut
+    groups = ca.find_groups(net, variables, X)
+    plan = ca.plan_units(groups, np.arange(10) < 2)  # 10 × 2 becomes 2 × 2.
+    optimizer = OTHERS["rows and columns"]
+    params, state = trained(optimizer, variables["params"])
+    fresh = optimizer.init(ca.shrink(params, plan))[0]
+    assert state[0].v_row["out"].shape == fresh.v_row["out"].shape == (2,)
+    with pytest.warns(UserWarning, match=r"start anew: .*0/v_row/out, .*0/v_col/out"):
+        small = ca.shrink_optimizer(optimizer, state, params, plan)[0]
+    for found in (small.v_row["out"], small.v_col["out"]):
+        np.testing.assert_array_equal(found, np.zeros(2))
+    np.testing.assert_array_equal(small.v["bias"], state[0].v["bias"][:2])
+
+
 def test_shrink_refuses_a_state_that_does_not_mirror_the_variables(cut):
     variables, plan = cut
     state = OTHERS["rows and columns"].init(variables["params"])

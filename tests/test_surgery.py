@@ -13,7 +13,7 @@ import pytest
 import compaware_jax as ca
 from compaware_jax import models
 from compaware_jax.cost import flop_cost
-from compaware_jax.errors import PlanError
+from compaware_jax.errors import PlanError, TraceError
 from compaware_jax.law import random_keep
 from compaware_jax.small_function import what_runs, work_in
 from tests.models import MODELS
@@ -246,3 +246,39 @@ def test_the_callers_configuration_may_change():
         precise = str(jax.make_jaxpr(small)(variables, x))
     assert (before.count("HIGHEST"), precise.count("HIGHEST")) == (0, 4)
     assert str(jax.make_jaxpr(small)(variables, x)) == before
+
+
+CHANGED = {
+    "precision of floats": lambda: jax.enable_x64(True),
+    "random bits": lambda: jax.default_prng_impl("rbg"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_what_is_drawn_follows_the_callers_configuration(what):
+    """A small function that has been called draws what the full one draws now, not what it drew before."""
+
+    def net(v, x):
+        return jnp.tanh(x @ v["a"]) @ v["b"] + jax.random.normal(jax.random.key(0))
+
+    variables, x = {"a": jnp.ones((3, 6)), "b": jnp.ones((6, 3))}, jnp.ones((2, 3))
+    plan = ca.plan_units(ca.find_groups(net, variables, x), np.arange(6) < 3)
+    small, variables = ca.slim(net, plan), ca.shrink(variables, plan)
+    before = small(variables, x)
+    with CHANGED[what]():
+        got, expected = small(variables, x), net(ca.expand(variables, plan), x)
+    assert got.dtype == expected.dtype
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert not np.isclose(got, before).any()
+
+
+def test_promotion_that_the_caller_forbids():
+    def net(v, x):
+        return jnp.tanh(x @ v["a"]) @ v["b"] + jnp.arange(3)
+
+    variables, x = {"a": jnp.ones((3, 6)), "b": jnp.ones((6, 3))}, jnp.ones((2, 3))
+    plan = ca.plan_units(ca.find_groups(net, variables, x), np.arange(6) < 3)
+    small, variables = ca.slim(net, plan), ca.shrink(variables, plan)
+    small(variables, x)
+    with jax.numpy_dtype_promotion("strict"), pytest.raises(TraceError, match="TypePromotionError"):
+        small(variables, x)
