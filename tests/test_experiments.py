@@ -163,6 +163,63 @@ def test_comparison(run, tmp_path):
     assert run("compare.py", *arguments, "--finished").strip() == table.strip()
 
 
+def test_ablations(tmp_path, monkeypatch, capsys):
+    """Each variant's request differs from the whole method's by what it is without; nothing is trained."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import ablations
+    from mnist_task import Task
+    from protocol import Config, Seed
+
+    from compaware_jax.cost import parameter_cost
+    from compaware_jax.select import keep_units, round_counts
+
+    asked = []
+
+    def search(self, method, dense, groups, budget, key):
+        cost, limit = parameter_cost(groups), ca.params(budget).limit(groups)
+        counts = round_counts(cost, np.ones(len(groups.groups)), limit)
+        asked.append((method, groups, cost.exact(counts) / limit))
+        return ca.plan_units(groups, keep_units(groups, np.arange(groups.units), counts)), dense, 0.0
+
+    def tuned(self, candidate, rates):
+        assert rates == (2e-3,)
+        return {"0.002": 30.0 - len(asked)}
+
+    monkeypatch.setattr(Task, "search", search)
+    monkeypatch.setattr(Task, "dense", lambda self, *_: self.model.init(self.init_key))
+    monkeypatch.setattr(Seed, "tuned", tuned)
+    config = Config(data="embedded", seeds=1, budgets=(0.1,), rates=(2e-3,), out=tmp_path)
+    ablations.main(config)
+
+    def changes(method, groups):
+        """What is not as the whole method has it."""
+        ours, latent = config.search, [group.coupling for group in groups.groups]
+        found = {n for n, value in vars(method).items() if value != getattr(ours, n)}
+        found |= {"latent"} if (groups.floors == groups.sizes)[latent].all() else set()
+        found |= {"counts"} if (groups.floors == groups.ceilings).all() else set()
+        found |= {"boundary"} if len(groups.groups) == 5 else set()
+        return found
+
+    assert [changes(method, groups) for method, groups, _ in asked] == [
+        set(),
+        {"travel"},
+        {"travel", "latent"},
+        {"counts"},
+        {"learning_rate"},
+        {"noise", "edge"},
+        {"boundary"},
+        {"boundary", "counts"},
+        {"boundary", "counts", "latent"},
+    ]
+    assert all(0.99 < spent <= 1 for *_, spent in asked)
+    table = (tmp_path / "dense-embedded" / "ablations.md").read_text()
+    assert capsys.readouterr().out.endswith(table)
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == list(ablations.VARIANTS)
+    assert [float(row[1]) for row in rows] == [29.0 - n for n in range(9)]
+    assert [float(row[2]) for row in rows[1:]] == [*range(1, 9)]
+
+
 def test_no_experiment_hides_a_package():
     """A script's folder comes first on the path: a `requests.py` there broke the download of MNIST."""
     named = {path.stem for path in (ROOT / "experiments").glob("*.py")}
