@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -109,8 +111,15 @@ def _leaf_cost(name: str, groups: Groups, weight: Callable[[int], int]) -> Cost:
 
 
 def _itemsize(dtype: str) -> int:
-    # A typed random key is two 32-bit words.
-    return 8 if dtype.startswith("key<") else jnp.dtype(dtype).itemsize
+    return _key_bytes()[dtype] if dtype in _key_bytes() else jnp.dtype(dtype).itemsize
+
+
+@cache
+def _key_bytes() -> dict[str, int]:
+    """Bytes of a typed random key, by the name of its dtype."""
+    kinds = ("threefry2x32", "rbg", "unsafe_rbg")
+    dtypes = [jax.eval_shape(partial(jax.random.key, impl=kind), 0).dtype for kind in kinds]
+    return {str(dtype): dtype.itemsize for dtype in dtypes}
 
 
 class _Builder:

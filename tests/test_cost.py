@@ -56,7 +56,8 @@ def test_dense_preset():
     assert COSTS["flops"](groups).total == 2 * (784 * 512 + 512 * 256 + 256 * 32) * 2
 
 
-def test_bytes_are_those_of_each_leaf():
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
+def test_bytes_are_those_of_each_leaf(kind):
     """Half precision, flags of a byte, a random key: a unit's bytes depend on where it lies."""
 
     def apply(v, x):
@@ -66,15 +67,16 @@ def test_bytes_are_those_of_each_leaf():
     variables = {
         "a": jnp.ones((3, 6), jnp.bfloat16),
         "b": jnp.ones((6, 2)),
-        "key": jax.random.key(0),
+        "key": jax.random.key(0, impl=kind),
         "on": jnp.ones(6, bool),
     }
     groups = ca.find_groups(apply, variables, jnp.ones((1, 3)))
     small = ca.shrink(variables, ca.plan_units(groups, np.arange(6) < 4))
-    expected = 4 * (3 * 2 + 2 * 4 + 1) + 8
+    of_key = variables["key"].nbytes
+    expected = 4 * (3 * 2 + 2 * 4 + 1) + of_key
     assert sum(x.nbytes for x in jax.tree.leaves(small)) == expected
     assert COSTS["bytes"](groups).exact(np.array([4])) == expected
-    assert COSTS["bytes"](groups).total == 6 * (3 * 2 + 2 * 4 + 1) + 8
+    assert COSTS["bytes"](groups).total == 6 * (3 * 2 + 2 * 4 + 1) + of_key
 
 
 def test_soft_cost_agrees_and_has_the_right_gradient():
