@@ -193,15 +193,6 @@ class Ledger:
         self._doubted[ids] = True
         self._inexact.append((ids, reason))
 
-    @property
-    def doubts(self) -> int:
-        """How many times atoms were marked inexact; see `forget_doubts`."""
-        return len(self._inexact)
-
-    def forget_doubts(self, since: int) -> None:
-        """Take back what was marked inexact since: a body is read again under weaker zero flags."""
-        del self._inexact[since:]
-
     def equate(self, a: np.ndarray, b: np.ndarray) -> None:
         """Say that atoms leave together, position by position (arrays broadcast)."""
         if a is b or not (a.size and b.size):

@@ -231,6 +231,24 @@ def test_a_loop_may_start_where_it_is_singular_for_every_channel():
     assert max(law_errors(apply, VARIABLES, X, keep=KEEP, groups=groups)) <= 1e-10
 
 
+SINGULAR_AT_FIRST = {
+    "a value": lambda h: lax.scan(lambda h, _: (jnp.cos(1 / h), None), h, length=2)[0],
+    "a derivative": lambda h: lax.scan(lambda h, _: (jnp.exp(-jnp.sqrt(jnp.abs(h))), None), h, length=2)[0],
+    "in a while loop": lambda h: lax.while_loop(
+        lambda s: s[0] < 2, lambda s: (s[0] + 1, jnp.cos(1 / s[1])), (0, h)
+    )[1],
+    "in a fori_loop": lambda h: lax.fori_loop(0, 2, lambda _, h: jnp.log(jnp.abs(h)) + 1, h),
+}
+
+
+@pytest.mark.parametrize("loop", SINGULAR_AT_FIRST)
+def test_a_loop_may_be_singular_in_its_first_step_alone(loop):
+    """Channels that are zero before it and not after its first step: masked, they are infinite there."""
+    groups = ca.find_groups(lambda v, x: SINGULAR_AT_FIRST[loop](x @ v["a"]) @ v["b"], VARIABLES, X)
+    assert groups.units == 0
+    assert any("singular at zero" in axis.reason for axis in groups.fixed)
+
+
 def test_activated_channels_of_images_stay_zero():
     """A bias is added along the channels alone: that says nothing of the axes that never leave."""
 

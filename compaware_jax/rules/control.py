@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -27,7 +26,8 @@ def _carried(ledger: Ledger, x: Tracked) -> Tracked:
         for a, n in enumerate(x.shape)
         if n > 1 and a not in covered
     )
-    return Tracked(x.shape, (*x.factors, *new))
+    factors = (*x.factors, *new)
+    return Tracked(x.shape, factors, x.uniform if factors else None)
 
 
 def _joined(ledger: Ledger, xs: Sequence[Tracked]) -> Tracked:
@@ -42,18 +42,17 @@ def _joined(ledger: Ledger, xs: Sequence[Tracked]) -> Tracked:
 def _settled(ledger: Ledger, carry: list[Tracked], step: Any) -> tuple[list[Tracked], Any]:
     """Read a loop's body until what holds of the carry holds after a step, too."""
     while True:
-        doubts = ledger.doubts
         after, others = step(carry)
         joined = [_joined(ledger, pair) for pair in zip(carry, after, strict=True)]
         if [_form(x) for x in joined] == [_form(x) for x in carry]:
             return carry, others
-        # Coarser factors or fewer zeros: both can only shrink, so this ends.
-        ledger.forget_doubts(doubts)
-        carry = [replace(x, uniform=None) for x in joined]
+        # Coarser factors or fewer zeros: both can only shrink, so this ends. What was read holds of the first
+        # step, so what is singular there stays marked.
+        carry = joined
 
 
-def _form(x: Tracked) -> set[tuple[tuple[int, ...], bool]]:
-    return {(f.axes, f.zero) for f in x.factors}
+def _form(x: Tracked) -> tuple[float | None, set[tuple[tuple[int, ...], bool]]]:
+    return x.uniform, {(f.axes, f.zero) for f in x.factors}
 
 
 # --- scan ---------------------------------------------------------------------------------------------

@@ -33,14 +33,19 @@ def elementwise(
 
     def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
         uniform = [x.uniform for x in inputs]
-        infinite = list(singular(eqn, uniform) if callable(singular) else singular)
+        infinite = [
+            operand
+            for operand in (singular(eqn, uniform) if callable(singular) else singular)
+            # Where every element is zero, no channel is told from another.
+            if operand < len(uniform) and uniform[operand] is None
+        ]
         factors = []
         for axes, ids, flags in combine(ledger, [x.factors for x in inputs]):
             dead_is_zero = [bool(flag) for flag in flags]
             factors.append(Factor(axes, ids, zero(eqn, dead_is_zero, uniform)))
-            if any(dead_is_zero[operand] for operand in infinite if operand < len(dead_is_zero)):
+            if any(dead_is_zero[operand] for operand in infinite):
                 ledger.mark_inexact(ids, f"{eqn.where} is singular at zero")
-        is_null = None not in uniform and zero(eqn, [u == 0 for u in uniform], uniform)
+        is_null = zero(eqn, [u == 0 for u in uniform], uniform)
         return [Tracked(eqn.out_shapes[0], tuple(factors), 0.0 if is_null else None)]
 
     def slim(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array]:
@@ -68,7 +73,7 @@ def reduction(primitive: Primitive, *, sums: bool) -> None:
                         continue
                     factor = ledger.collapse(factor, kept_axes)
                     factors.append(factor.moved({a: kept_axes.index(a) for a in factor.axes}))
-            results.append(Tracked(shape, tuple(factors)))
+            results.append(Tracked(shape, tuple(factors), 0.0 if sums and x.uniform == 0 else None))
         return results
 
     def slim(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:

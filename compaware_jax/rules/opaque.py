@@ -48,7 +48,7 @@ def _couple_gamma(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> l
     key, shape = inputs
     _couple_drawn(ledger, eqn, [key])
     for factor in shape.factors:
-        if factor.zero:
+        if factor.zero and shape.uniform is None:
             ledger.mark_inexact(factor.ids, f"{eqn.where} is singular at zero")
     return [Tracked(shape.shape, tuple(replace(f, zero=False) for f in shape.factors))]
 
@@ -132,7 +132,7 @@ def _couple_matrices(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -
     parts = [tuple(passed(ledger, first, {a: a for a in batch}, reason))]
     parts += [tuple(passed(ledger, x, {a: a for a in (*batch, *columns)}, reason)) for x in others]
     for factor in parts[0]:
-        if factor.zero:
+        if factor.zero and first.uniform is None:
             ledger.mark_inexact(factor.ids, f"{eqn.where} of a matrix of zeros")
     solves, factors = eqn.primitive is p.triangular_solve_p, []
     for axes, ids, flags in combine(ledger, parts):
