@@ -105,9 +105,9 @@ class Analysis:
         result = None
         for value, axis in axes:
             labels = self.labels(value)[axis]
-            if result is None or labels is None:
-                result = labels if result is None else result
-            else:
+            if result is None:
+                result = labels
+            elif labels is not None and labels is not result:
                 result = np.where(result < 0, labels, result)
         return result
 

@@ -15,13 +15,11 @@ class Work:
     """The multiply-adds of one contraction or convolution.
 
     Attributes:
-      where: primitive, module path and source line.
       dimensions: axes whose sizes multiply to the multiply-adds, as (value id, axis) pairs; those of one
         dimension run along one another, so it has the indices that all of them keep.
       times: how often it runs in one call: a body of `scan` runs once per step.
     """
 
-    where: str
     dimensions: tuple[tuple[tuple[int, int], ...], ...]
     times: int
 
@@ -50,7 +48,7 @@ def each_equation(block: Block, times: int = 1) -> Iterator[tuple[Equation, int]
 def work_of(program: Program) -> list[Work]:
     """The contractions and convolutions of a program, those in its loops and branches included."""
     return [
-        Work(eqn.where, tuple(rule.work(eqn)), times)
+        Work(tuple(rule.work(eqn)), times)
         for eqn, times in each_equation(program.block)
         if (rule := RULES.get(eqn.primitive)) is not None and rule.work is not None
     ]

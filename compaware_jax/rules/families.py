@@ -43,7 +43,7 @@ def elementwise(
         for axes, ids, flags in combine(ledger, [x.factors for x in inputs]):
             dead_is_zero = [bool(flag) for flag in flags]
             factors.append(Factor(axes, ids, zero(eqn, dead_is_zero, uniform)))
-            if any(dead_is_zero[operand] for operand in infinite):
+            if infinite and any(dead_is_zero[operand] for operand in infinite):
                 ledger.mark_inexact(ids, f"{eqn.where} is singular at zero")
         is_null = zero(eqn, [u == 0 for u in uniform], uniform)
         return [Tracked(eqn.out_shapes[0], tuple(factors), 0.0 if is_null else None)]
