@@ -1,4 +1,4 @@
-"""Primitives that take, drop or join runs along an axis: slice, rev, split, pad, tile, concatenate, stack.
+"""Primitives that take, drop or add runs along an axis: slice, rev, split, unstack, pad, tile.
 
 Each rule applies to the array of atoms what the primitive does to the value, so the index arithmetic
 is the primitive's own.
@@ -7,7 +7,6 @@ is the primitive's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,9 +15,9 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives as p
 
-from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.factors import Factor, Ledger, Tracked
 from compaware_jax.program import Equation
-from compaware_jax.rules.arrays import bind, cut, take
+from compaware_jax.rules.arrays import take
 from compaware_jax.rules.families import freed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
@@ -204,111 +203,3 @@ def _slim_tile(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -
 
 
 register_rule(lax.tile_p, _couple_tile, _slim_tile)
-
-
-# --- concatenate, stack -------------------------------------------------------------------------------
-
-
-def _couple_concatenate(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
-    axis = int(eqn.params["dimension"])
-    if all(x.shape[axis] == 1 for x in inputs):
-        return [_joined(ledger, eqn, inputs, axis)]
-    along = [x.factor_of(axis) for x in inputs]
-    spans = {f.axes for f in along if f is not None}
-    span = spans.pop() if len(spans) == 1 else (axis,)
-    if any(f.axes != span and set(f.axes) & set(span) for x in inputs for f in x.factors):
-        span = (axis,)
-    along = [None if f is None else ledger.collapse(f, span) for f in along]
-    across = [tuple(f for f in x.factors if axis not in f.axes) for x in inputs]
-    factors = []
-    for axes, ids, flags in combine(ledger, across):
-        zero = all(flag or x.uniform == 0 for flag, x in zip(flags, inputs, strict=True))
-        factors.append(Factor(axes, ids, zero))
-    if any(f is not None or (x.factors and x.shape[axis] == 1) for f, x in zip(along, inputs, strict=True)):
-        ids = [
-            _untracked(ledger, eqn, [x.shape[a] for a in span], x.shape[axis]) if f is None else f.ids
-            for f, x in zip(along, inputs, strict=True)
-        ]
-        zero = all(x.uniform == 0 if f is None else f.zero for f, x in zip(along, inputs, strict=True))
-        factors.append(Factor(span, np.concatenate(ids, axis=span.index(axis)), zero))
-    uniform = {x.uniform for x in inputs}
-    return [Tracked(eqn.out_shapes[0], tuple(factors), uniform.pop() if len(uniform) == 1 else None)]
-
-
-def _untracked(ledger: Ledger, eqn: Equation, sizes: list[int], along: int) -> np.ndarray:
-    """Atoms for a piece that carries none: a single index never leaves, others are free to."""
-    if along == 1:
-        return ledger.fresh_fixed(*sizes, reason=f"a size-1 axis joined by {eqn.where}")
-    return ledger.fresh(*sizes)
-
-
-def _slim_concatenate(
-    eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
-) -> list[jax.Array] | None:
-    axis, (target,) = eqn.params["dimension"], kept
-    pieces, start = [], 0
-    for x, shape in zip(operands, eqn.in_shapes, strict=True):
-        index = target[axis]
-        if index is not None:
-            index = index[(index >= start) & (index < start + shape[axis])] - start
-        start += shape[axis]
-        if index is None or len(index):
-            pieces.append(cut(x, (*target[:axis], index, *target[axis + 1 :])))
-    return [lax.concatenate(pieces, axis)]
-
-
-register_rule(p.concatenate_p, _couple_concatenate, _slim_concatenate, moves=True)
-
-
-def _couple_stack(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
-    new = eqn.params["axis"]
-    moved = [
-        replace(x, factors=tuple(f.moved({a: a + (a >= new) for a in f.axes}) for f in x.factors))
-        for x in inputs
-    ]
-    return [_joined(ledger, eqn, moved, new)]
-
-
-def _joined(ledger: Ledger, eqn: Equation, pieces: Sequence[Tracked], axis: int) -> Tracked:
-    """Values joined one by one along an axis: that stays, and along the others they leave together.
-
-    Unless more can leave when each keeps what is its own: the axis and another are one joint factor then.
-    """
-    own, factors = _own_axis(ledger, pieces), []
-    if own is not None:
-        along = [factor for x in pieces if (factor := x.factor_of(own)) is not None]
-        if ledger.chosen(((), (len(pieces), along[0].ids.size))):
-            ids = np.stack([factor.ids for factor in along])
-            ids, axes = (ids, (axis, own)) if axis < own else (ids.T, (own, axis))
-            factors.append(Factor(axes, ids, all(factor.zero for factor in along)))
-    apart = bool(factors)
-    rest = [tuple(f for f in x.factors if not (apart and f.axes == (own,))) for x in pieces]
-    for axes, ids, flags in combine(ledger, rest):
-        zero = all(flag or x.uniform == 0 for flag, x in zip(flags, pieces, strict=True))
-        factors.append(Factor(axes, ids, zero))
-    if factors and not apart and len(pieces) > 1:
-        ids = ledger.fresh_fixed(len(pieces), reason=f"joined one by one by {eqn.where}")
-        factors.append(Factor((axis,), ids, True))
-    uniform = {x.uniform for x in pieces}
-    return Tracked(eqn.out_shapes[0], tuple(factors), uniform.pop() if len(uniform) == 1 else None)
-
-
-def _own_axis(ledger: Ledger, pieces: Sequence[Tracked]) -> int | None:
-    """The axis along which all pieces have atoms, each its own and not all of them fixed, if it is one."""
-    found = []
-    for factor in pieces[0].factors:
-        along = [next((f for f in x.factors if f.axes == factor.axes), None) for x in pieces]
-        atoms = [f.ids for f in along if f is not None]
-        shared = all(ids is atoms[0] for ids in atoms)
-        if len(atoms) == len(pieces) and not shared and not all(map(ledger.all_fixed, atoms)):
-            found.append(factor.axes)
-    return found[0][0] if len(found) == 1 and len(found[0]) == 1 else None
-
-
-def _slim_stack(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
-    new = eqn.params["axis"]
-    target = kept[0][:new] + kept[0][new + 1 :]
-    return bind(eqn, [cut(x, target) for x in operands])
-
-
-register_rule(lax.stack_p, _couple_stack, _slim_stack, moves=True)
