@@ -67,7 +67,10 @@ def find_groups(
         of a dense layer, if its kernel has them as an axis, (positions, channels, features). Rank such
         units by how they matter to the loss, not by their weights: those of a pixel that is always dark
         are as large as when they were drawn.
-      inexact: also release groups whose removal differs from masking (a norm of a removed column).
+      inexact: also release groups whose removal differs from masking (a norm of a removed column). They are
+        told by what is zero wherever a channel is dead: masked, a division by what is zero in some rows
+        only, or by a function that is zero there for another reason, is infinite unseen, where the small
+        function is finite.
       strict: raise at a primitive without a rule instead of keeping whole what reaches it.
       **kwargs: further example inputs, by name.
 

@@ -232,6 +232,10 @@ def test_a_loop_may_start_where_it_is_singular_for_every_channel():
 
 
 SINGULAR_AT_FIRST = {
+    "over a carry of zeros": lambda h: lax.scan(
+        lambda c, row: (c + jnp.exp(row), jnp.tanh(row / c)), jnp.zeros(6), h
+    )[1],
+    "over nothing": lambda h: lax.scan(lambda c, row: (c, jnp.sign(row / 0.0)), 0.0, h)[1],
     "a value": lambda h: lax.scan(lambda h, _: (jnp.cos(1 / h), None), h, length=2)[0],
     "a derivative": lambda h: lax.scan(lambda h, _: (jnp.exp(-jnp.sqrt(jnp.abs(h))), None), h, length=2)[0],
     "in a while loop": lambda h: lax.while_loop(

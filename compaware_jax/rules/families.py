@@ -33,17 +33,12 @@ def elementwise(
 
     def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
         uniform = [x.uniform for x in inputs]
-        infinite = [
-            operand
-            for operand in (singular(eqn, uniform) if callable(singular) else singular)
-            # Where every element is zero, no channel is told from another.
-            if operand < len(uniform) and uniform[operand] is None
-        ]
+        infinite = list(singular(eqn, uniform) if callable(singular) else singular)
         factors = []
         for axes, ids, flags in combine(ledger, [x.factors for x in inputs]):
             dead_is_zero = [bool(flag) for flag in flags]
             factors.append(Factor(axes, ids, zero(eqn, dead_is_zero, uniform)))
-            if infinite and any(dead_is_zero[operand] for operand in infinite):
+            if infinite and _tells_apart(infinite, dead_is_zero, uniform):
                 ledger.mark_inexact(ids, f"{eqn.where} is singular at zero")
         is_null = zero(eqn, [u == 0 for u in uniform], uniform)
         return [Tracked(eqn.out_shapes[0], tuple(factors), 0.0 if is_null else None)]
@@ -52,6 +47,16 @@ def elementwise(
         return bind(eqn, [cut(x, kept[0]) if x.array.ndim else x.array for x in operands])
 
     RULES[primitive] = Rule(couple, slim, elementwise=True)
+
+
+def _tells_apart(infinite: Sequence[int], zero: Sequence[bool], uniform: Sequence[float | None]) -> bool:
+    """Whether an operand is singular where a channel is dead, and not alike for every channel.
+
+    Where it is zero everywhere, it tells no channel from another; but something over zero is not nothing
+    over zero.
+    """
+    differ = [z and u is None for z, u in zip(zero, uniform, strict=True)]
+    return any(differ[n] or (uniform[n] == 0 and any(differ)) for n in infinite if n < len(differ))
 
 
 def reduction(primitive: Primitive, *, sums: bool) -> None:
