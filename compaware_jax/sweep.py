@@ -206,7 +206,7 @@ def sweep(
     The first lane of a budget does what `compress` does with the same key, except that its fine-tune runs
     masked at full width, so that all lanes have one shape, and that the boundary is trimmed once, for the
     highest budget. The lanes of the other seeds draw other data and allocations. Arguments are those of
-    `compress`. A lane needs memory for about thirteen times the variables.
+    `compress`. A lane holds weights and moments of both phases, six times the variables, beside gradients.
 
     Args:
       apply: pure function ``apply(variables, *args)``.

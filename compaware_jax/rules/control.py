@@ -13,7 +13,7 @@ from jax.extend.core import primitives as p
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import cut, missing, scatter
-from compaware_jax.rules.families import is_zero
+from compaware_jax.rules.families import common_value, is_zero
 from compaware_jax.rules.registry import REGIONS, Kept, Read, RegionRule, RunBody, Small
 from compaware_jax.trace import scan_parts, while_parts
 
@@ -35,8 +35,7 @@ def _joined(ledger: Ledger, xs: Sequence[Tracked]) -> Tracked:
     factors = []
     for axes, ids, flags in combine(ledger, [x.factors for x in xs]):
         factors.append(Factor(axes, ids, all(map(is_zero, xs, flags))))
-    uniform = {x.uniform for x in xs}
-    return Tracked(xs[0].shape, tuple(factors), uniform.pop() if len(uniform) == 1 else None)
+    return Tracked(xs[0].shape, tuple(factors), common_value(xs))
 
 
 def _settled(ledger: Ledger, carry: list[Tracked], step: Any) -> tuple[list[Tracked], Any]:

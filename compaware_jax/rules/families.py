@@ -176,6 +176,12 @@ def freed(
     return Tracked(shape, tuple(result), uniform)
 
 
+def common_value(xs: Sequence[Tracked]) -> float | None:
+    """The number that every element of all values equals, if there is one."""
+    uniform = {x.uniform for x in xs}
+    return uniform.pop() if len(uniform) == 1 else None
+
+
 def is_zero(x: Tracked, flag: bool | None) -> bool:
     """Whether dead positions of a value are zero, by a flag of `combine`; None: no factor is there."""
     return x.uniform == 0 if flag is None else flag

@@ -16,6 +16,7 @@ from jax.extend.core import primitives as p
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut
+from compaware_jax.rules.families import common_value
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
 
@@ -41,8 +42,7 @@ def _couple_concatenate(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]
         ]
         zero = all(x.uniform == 0 if f is None else f.zero for f, x in zip(along, inputs, strict=True))
         factors.append(Factor(span, np.concatenate(ids, axis=span.index(axis)), zero))
-    uniform = {x.uniform for x in inputs}
-    return [Tracked(eqn.out_shapes[0], tuple(factors), uniform.pop() if len(uniform) == 1 else None)]
+    return [Tracked(eqn.out_shapes[0], tuple(factors), common_value(inputs))]
 
 
 def _untracked(ledger: Ledger, eqn: Equation, sizes: list[int], along: int) -> np.ndarray:
@@ -94,8 +94,7 @@ def _joined(ledger: Ledger, eqn: Equation, pieces: Sequence[Tracked], axis: int)
     if factors and joint is None and len(pieces) > 1:
         ids = ledger.fresh_fixed(len(pieces), reason=f"joined one by one by {eqn.where}")
         factors.append(Factor((axis,), ids, True))
-    uniform = {x.uniform for x in pieces}
-    return Tracked(eqn.out_shapes[0], tuple(factors), uniform.pop() if len(uniform) == 1 else None)
+    return Tracked(eqn.out_shapes[0], tuple(factors), common_value(pieces))
 
 
 def _joint(ledger: Ledger, pieces: Sequence[Tracked], axis: int) -> Factor | None:
