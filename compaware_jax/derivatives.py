@@ -65,7 +65,7 @@ def flags(eqn: Equation, inputs: Sequence[Tracked], constants: Mapping[int, Any]
     if any(number is None for _, number in numbers):
         return None
     text = tuple((step.primitive, str(step.params), *map(name.get, step.inputs)) for step in steps)
-    pattern = tuple((len(x.shape), x.uniform, *((f.axes, f.zero) for f in x.factors)) for x in inputs)
+    pattern = tuple((len(x.shape), x.uniform, *((f.axes, f.dead) for f in x.factors)) for x in inputs)
     return defined, eqn.in_dtypes, numbers, text, tuple(map(name.get, body.outputs)), pattern
 
 
@@ -89,6 +89,33 @@ def derivative_of(eqn: Equation) -> jex.ClosedJaxpr | None:
         )
     except Exception:
         # A rule may refuse tangents of some operands, such as data, with whatever error it likes.
+        return None
+
+
+def backward_of(eqn: Equation) -> jex.ClosedJaxpr | None:
+    """A call and its backward pass as a jaxpr, of operands and cotangents; None where that is refused."""
+    avals = [struct_of(aval, aval.dtype) for aval in eqn.in_avals]
+    results = [struct_of(aval, aval.dtype) for aval in eqn.out_avals]
+    # What the function closed over comes first; it has no derivative, and to ask for it is an error.
+    asked = [
+        n >= eqn.params.get("num_consts", 0) and jnp.issubdtype(aval.dtype, jnp.inexact)
+        for n, aval in enumerate(avals)
+    ]
+    smooth = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in results]
+
+    def backward(operands: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+        def call(*values: Any) -> list[Any]:
+            own = iter(values)
+            every = eqn.run(*(next(own) if mine else x for x, mine in zip(operands, asked, strict=True)))
+            return [y for y, mine in zip(every, smooth, strict=True) if mine]
+
+        _, pull = jax.vjp(call, *(x for x, mine in zip(operands, asked, strict=True) if mine))
+        return pull(list(cotangents))
+
+    try:
+        return jax.make_jaxpr(backward)(avals, [y for y, mine in zip(results, smooth, strict=True) if mine])
+    except Exception:
+        # As above.
         return None
 
 

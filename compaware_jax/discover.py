@@ -68,9 +68,9 @@ def find_groups(
         units by how they matter to the loss, not by their weights: those of a pixel that is always dark
         are as large as when they were drawn.
       inexact: also release groups whose removal differs from masking (a norm of a removed column). They are
-        told by what is zero wherever a channel is dead: masked, a division by what is zero in some rows
-        only, or by a function that is zero there for another reason, is infinite unseen, where the small
-        function is finite.
+        told by the numbers that dead channels become, zero and what is made of it, where one of them is
+        a number at which a function or its derivative is infinite. What else comes in is not known: masked,
+        1 / (h + x) is infinite unseen wherever the data x is zero, where the small function is finite.
       strict: raise at a primitive without a rule instead of keeping whole what reaches it.
       **kwargs: further example inputs, by name.
 

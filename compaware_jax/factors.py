@@ -9,13 +9,15 @@ they are solved once, at the end, by connected components.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+from compaware_jax.dead import Dead
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,20 +27,25 @@ class Factor:
     Attributes:
       axes: the axes, ascending; an axis is in at most one factor of a value.
       ids: integer atoms, one dimension per axis, of the value's sizes.
-      zero: whether dead positions are exactly zero in the masked network.
+      dead: what dead positions are.
     """
 
     axes: tuple[int, ...]
     ids: np.ndarray
-    zero: bool
+    dead: Dead
+
+    @property
+    def zero(self) -> bool:
+        """Whether dead positions are exactly zero in the masked network."""
+        return self.dead.zero
 
     def moved(self, axis_map: dict[int, int]) -> Factor:
         """The same factor with its axes renamed (and the array transposed to keep them ascending)."""
         axes = tuple(int(axis_map[a]) for a in self.axes)
         if len(axes) == 1:
-            return Factor(axes, self.ids, self.zero)
+            return Factor(axes, self.ids, self.dead)
         order = np.argsort(axes)
-        return Factor(tuple(axes[i] for i in order), self.ids.transpose(order), self.zero)
+        return Factor(tuple(axes[i] for i in order), self.ids.transpose(order), self.dead)
 
 
 Factors = tuple[Factor, ...]
@@ -132,12 +139,14 @@ class Ledger:
       size: atoms handed out.
       cuts: how joint factors are cut.
       met: choices met.
+      is_differentiated: whether a derivative passes through a value, by its id.
       loose: per equation the ends of its operands that leave apart from it.
       loosened: what was met there.
     """
 
     size: int = 0
     cuts: Cuts = USUAL
+    is_differentiated: Callable[[int], bool] = lambda value: True
     loose: Mapping[Any, Sequence[LooseEnd]] = field(default_factory=dict)
     loosened: list[Loosened] = field(default_factory=list)
     met: set[Choice] = field(default_factory=set)
@@ -229,6 +238,15 @@ class Ledger:
                 )
         return factor
 
+    def singular(self, atoms: int) -> tuple[tuple[np.ndarray, str], ...]:
+        """Which of the first so many atoms are marked inexact, or tied to one that is, and why."""
+        if not self._inexact:
+            return ()
+        solution = self.solve()
+        labels = solution.labels[:atoms]
+        marked = ((np.flatnonzero(labels == label), reason) for label, reason in solution.inexact.items())
+        return tuple((ids, reason) for ids, reason in marked if ids.size)
+
     def solve(self) -> Solution:
         """Classes of atoms under the equalities collected so far."""
         node_of, nodes = self._nodes()
@@ -299,28 +317,28 @@ class Solution:
 
 def combine(
     ledger: Ledger, operands: Sequence[Factors]
-) -> list[tuple[tuple[int, ...], np.ndarray, list[bool | None]]]:
+) -> list[tuple[tuple[int, ...], np.ndarray, list[Dead | None]]]:
     """Equate the factors of several operands that share their axes.
 
     Factors that overlap without spanning the same axes are collapsed onto the axes they share; where one
     of them never leaves, the other is collapsed onto the axes that it has to itself.
 
     Returns:
-      A list of (axes, ids, zero), where zero holds each operand's zero flag, or None where the operand
-      has no factor on these axes.
+      A list of (axes, ids, dead), where dead holds what each operand's dead positions are, or None where the
+      operand has no factor on these axes.
     """
     # Factors of one axis each overlap only where they are equal.
     if any(len(factor.axes) > 1 for factors in operands for factor in factors):
         operands = _apart(ledger, operands)
-    merged: dict[tuple[int, ...], tuple[np.ndarray, list[bool | None]]] = {}
+    merged: dict[tuple[int, ...], tuple[np.ndarray, list[Dead | None]]] = {}
     for index, factors in enumerate(operands):
         for factor in factors:
             if factor.axes not in merged:
                 merged[factor.axes] = (factor.ids, [None] * len(operands))
-            ids, zero = merged[factor.axes]
+            ids, dead = merged[factor.axes]
             ledger.equate(ids, factor.ids)
-            zero[index] = factor.zero
-    return [(axes, ids, zero) for axes, (ids, zero) in merged.items()]
+            dead[index] = factor.dead
+    return [(axes, ids, dead) for axes, (ids, dead) in merged.items()]
 
 
 def _apart(ledger: Ledger, operands: Sequence[Factors]) -> list[Factors]:
@@ -348,7 +366,7 @@ def _reconciled(ledger: Ledger, left: Factor, right: Factor, shared: set[int]) -
     return ledger.collapse(left, axes), ledger.collapse(right, axes)
 
 
-def minimal(axes: Sequence[int], ids: np.ndarray, zero: bool) -> Factor:
+def minimal(axes: Sequence[int], ids: np.ndarray, dead: Dead) -> Factor:
     """A factor over `axes` without the axes along which it is constant (at least one is kept)."""
     keep = [
         position
@@ -358,4 +376,4 @@ def minimal(axes: Sequence[int], ids: np.ndarray, zero: bool) -> Factor:
     if not keep:
         keep = [int(np.argmax(ids.shape))]
     index = tuple(slice(None) if p in keep else 0 for p in range(ids.ndim))
-    return Factor(tuple(axes[p] for p in keep), ids[index], zero)
+    return Factor(tuple(axes[p] for p in keep), ids[index], dead)

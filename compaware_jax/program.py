@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 from jax.extend.core import primitives as p
 from jax.extend.source_info_util import summarize
 
@@ -146,6 +147,16 @@ class Program:
         """Value ids of the other inputs."""
         return self.block.inputs[len(self.leaves) :]
 
+    def is_differentiated(self, value: int) -> bool:
+        """Whether a derivative of the outputs by the leaves may pass through a value."""
+        return value in self._differentiated
+
+    @cached_property
+    def _differentiated(self) -> set[int]:
+        reached = {v for v in self.block.outputs if _is_smooth(self.avals[v])}
+        _add_differentiated(self.block, reached)
+        return reached
+
     def leaves_read(self, output: int | None = None) -> list[str]:
         """Paths of the leaves that reach an output (None: any), and not only through `stop_gradient`."""
         needed = set(self.block.outputs if output is None else self.block.outputs[output : output + 1])
@@ -177,6 +188,26 @@ class Program:
                         found.append((position, leaf_at[name]))
                     break
         return found
+
+
+# Their derivative is zero, whatever that of their operand.
+_FLAT = {p.stop_gradient_p, p.sign_p, p.floor_p, p.ceil_p, p.round_p}
+
+
+def _add_differentiated(block: Block, reached: set[int]) -> None:
+    """Add what a derivative of what is reached in a block passes through: all of a body, if any of it."""
+    for eqn in reversed(block.equations):
+        if eqn.primitive in _FLAT or reached.isdisjoint(eqn.outputs):
+            continue
+        if any(map(_is_smooth, eqn.out_avals)):
+            reached.update(eqn.inputs)
+            for body in eqn.bodies:
+                reached.update(body.outputs)
+                _add_differentiated(body, reached)
+
+
+def _is_smooth(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.inexact)
 
 
 def _under(path: str, prefix: str) -> bool:

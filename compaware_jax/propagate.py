@@ -4,28 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
 from compaware_jax.analysis import Analysis, varies
-from compaware_jax.derivatives import derivative_of, flags, identity, is_elementwise, number_of, positions_of
-from compaware_jax.errors import UnknownPrimitiveError
-from compaware_jax.factors import (
-    USUAL,
-    Cuts,
-    Factor,
-    Ledger,
-    LooseEnd,
-    Loosened,
-    Solution,
-    Tracked,
-    combine,
+from compaware_jax.dead import UNKNOWN, ZERO, Dead
+from compaware_jax.derivatives import (
+    backward_of,
+    derivative_of,
+    flags,
+    identity,
+    is_elementwise,
+    number_of,
+    positions_of,
 )
+from compaware_jax.errors import UnknownPrimitiveError
+from compaware_jax.factors import USUAL, Cuts, Factor, Ledger, LooseEnd, Loosened, Solution, Tracked, combine
 from compaware_jax.program import Block, Equation, Program
 from compaware_jax.rules import REGIONS, RULES
-from compaware_jax.rules.families import fixed_elsewhere
+from compaware_jax.rules.families import fixed_elsewhere, zero_or_unknown
 from compaware_jax.trace import flatten
 
 
@@ -52,14 +53,15 @@ def analyse(
     Raises:
       UnknownPrimitiveError: in strict mode, at a primitive without a rule.
     """
-    best = _analyse(Ledger(cuts=cuts), program, released, states, strict)
+    ledger = partial(Ledger, is_differentiated=program.is_differentiated)
+    best = _analyse(ledger(cuts=cuts), program, released, states, strict)
     for choice in () if settled else sorted(best.choices):
         other = replace(best.cuts, choices=best.cuts.choices | {choice})
-        trial = _analyse(Ledger(cuts=other), program, released, states, strict)
+        trial = _analyse(ledger(cuts=other), program, released, states, strict)
         if trial.freedom > best.freedom:
             best = replace(trial, choices=best.choices)
     if cuts.boundary and (loose := _loose_ends(best)):
-        loosened = _analyse(Ledger(cuts=best.cuts, loose=loose), program, released, states, strict)
+        loosened = _analyse(ledger(cuts=best.cuts, loose=loose), program, released, states, strict)
         best = replace(loosened, choices=best.choices)
     return best
 
@@ -132,7 +134,7 @@ def _seeded(
 
 def _leaf(ledger: Ledger, shape: tuple[int, ...]) -> Tracked:
     # Size-1 axes are never tracked: a learned scale of shape (1,) would unite everything.
-    return Tracked(shape, tuple(Factor((a,), ledger.fresh(n), True) for a, n in enumerate(shape) if n > 1))
+    return Tracked(shape, tuple(Factor((a,), ledger.fresh(n), ZERO) for a, n in enumerate(shape) if n > 1))
 
 
 def _data(ledger: Ledger, shape: tuple[int, ...], what: str) -> Tracked:
@@ -147,7 +149,7 @@ class _Propagation:
     nested: bool = False
     values: dict[int, Tracked] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
-    derivatives: dict[Any, bool] = field(default_factory=dict)
+    derivatives: dict[Any, _DerivativeRule] = field(default_factory=dict)
     written: list[Loosened] = field(default_factory=list)
 
     def block(self, block: Block, inputs: Sequence[Tracked]) -> list[Tracked]:
@@ -181,11 +183,9 @@ class _Propagation:
             return REGIONS[eqn.primitive].couple(self.ledger, eqn, inputs, self.block)
         if eqn.bodies:
             outputs = self.block(eqn.bodies[0], inputs)
-            return (
-                outputs
-                if self.nested or self.keeps_derivatives_zero(eqn, inputs)
-                else [_doubtful(x) for x in outputs]
-            )
+            if self.nested or self.keeps_derivatives_zero(eqn, inputs, outputs):
+                return outputs
+            return [_doubtful(x) for x in outputs]
         if not any(x.factors for x in inputs):
             return [Tracked(shape) for shape in eqn.out_shapes]
         if self.strict:
@@ -201,40 +201,40 @@ class _Propagation:
                 self.ledger.fix(factor.ids, reason)
         return [_data(self.ledger, shape, reason) for shape in eqn.out_shapes]
 
-    def keeps_derivatives_zero(self, eqn: Equation, inputs: Sequence[Tracked]) -> bool:
+    def keeps_derivatives_zero(
+        self, eqn: Equation, inputs: Sequence[Tracked], outputs: Sequence[Tracked]
+    ) -> bool:
         """Whether dead positions of a custom call have zero tangents, by its own derivative rule.
 
         A zero flag promises a zero value and a zero derivative: a later sum over the cut axis relies on
-        both. The same call under the same pattern of atoms is answered once.
+        both. What makes the rule infinite where it is dead is marked. The same call under the same pattern
+        of atoms is answered once.
         """
-        if eqn.primitive is not p.custom_jvp_call_p:
-            return False
         inputs = [self.with_vacuous_zeros(x) for x in inputs]
-        memo, shared = self.derivatives, flags(eqn, inputs, self.constants)
+        memo, forward = self.derivatives, eqn.primitive is p.custom_jvp_call_p
+        shared = flags(eqn, inputs, self.constants) if forward else None
         if shared in memo:
-            return memo[shared]
-        everything = [f.ids.ravel() for x in inputs for f in x.factors]
+            return memo[shared].zero
+        asked = [*inputs, *([] if forward else outputs)]
+        everything = [f.ids.ravel() for x in asked for f in x.factors]
         names = np.unique(np.concatenate(everything)) if everything else np.zeros(0, int)
-        local = [
-            Tracked(
-                x.shape,
-                tuple(Factor(f.axes, np.searchsorted(names, f.ids), f.zero) for f in x.factors),
-                x.uniform,
-            )
-            for x in inputs
-        ]
-        pattern = tuple((x.uniform, *((f.axes, f.zero, f.ids.tobytes()) for f in x.factors)) for x in local)
+        local = [_renamed(x, names) for x in asked]
+        pattern = tuple((x.uniform, *((f.axes, f.dead, f.ids.tobytes()) for f in x.factors)) for x in local)
         key = (*identity(eqn), pattern)
         if key not in memo:
-            memo[key], by_flags = _derivative_is_zero(eqn, local, len(names), self.ledger.cuts)
-            if shared is not None and by_flags:
-                memo[shared] = memo[key]
-        return memo[key]
+            read = _read_forward if forward else _read_backward
+            memo[key] = read(eqn, local, len(names), self.ledger.cuts)
+        answer = memo[key]
+        if shared is not None and answer.by_flags and not answer.singular:
+            memo[shared] = answer
+        for atoms, reason in answer.singular:
+            self.ledger.mark_inexact(names[atoms], reason)
+        return answer.zero
 
     def with_vacuous_zeros(self, x: Tracked) -> Tracked:
         """The value, where all that never leaves counts as zero when it does."""
         factors = tuple(
-            replace(f, zero=True) if not f.zero and self.ledger.all_fixed(f.ids) else f for f in x.factors
+            replace(f, dead=ZERO) if not f.zero and self.ledger.all_fixed(f.ids) else f for f in x.factors
         )
         return replace(x, factors=factors)
 
@@ -278,21 +278,56 @@ def _only_moved(block: Block) -> set[int]:
     return (inside - elsewhere).union(*inner)
 
 
-def _derivative_is_zero(
-    eqn: Equation, inputs: Sequence[Tracked], atoms: int, cuts: Cuts
-) -> tuple[bool, bool]:
-    """Whether dead positions have zero tangents, and whether that was told element by element."""
+@dataclass(frozen=True)
+class _DerivativeRule:
+    """What was read of the derivative rule of a call.
+
+    Attributes:
+      zero: whether dead positions have zero tangents.
+      by_flags: whether that was told element by element.
+      singular: atoms that, dead, make the rule infinite, and why.
+    """
+
+    zero: bool
+    by_flags: bool = False
+    singular: tuple[tuple[np.ndarray, str], ...] = ()
+
+
+def _read_forward(eqn: Equation, inputs: Sequence[Tracked], atoms: int, cuts: Cuts) -> _DerivativeRule:
+    """Read a rule from operands and their tangents to tangents."""
     closed = derivative_of(eqn)
     if closed is None:
-        return False, False
-    tangents = [Tracked(x.shape, x.factors) for x in inputs]
+        return _DerivativeRule(zero=False)
+    tangents = [Tracked(x.shape, tuple(map(zero_or_unknown, x.factors))) for x in inputs]
     program = flatten(closed, leaves=())
-    _, outputs = _seeded(program, [*inputs, *tangents], atoms, cuts, nested=True)
-    return all(f.zero for x in outputs for f in x.factors), is_elementwise(program.block)
+    read, outputs = _seeded(program, [*inputs, *tangents], atoms, cuts, nested=True)
+    zero = all(f.zero for x in outputs for f in x.factors)
+    return _DerivativeRule(zero, is_elementwise(program.block), read.ledger.singular(atoms))
+
+
+def _read_backward(eqn: Equation, values: Sequence[Tracked], atoms: int, cuts: Cuts) -> _DerivativeRule:
+    """Read a rule from operands and cotangents to cotangents, for where it is infinite alone."""
+    closed = backward_of(eqn)
+    if closed is None:
+        return _DerivativeRule(zero=False)
+    inputs, outputs = values[: len(eqn.inputs)], values[len(eqn.inputs) :]
+    cotangents = [
+        Tracked(x.shape, tuple(replace(f, dead=UNKNOWN) for f in x.factors))
+        for x, aval in zip(outputs, eqn.out_avals, strict=True)
+        if jnp.issubdtype(aval.dtype, jnp.inexact)
+    ]
+    read, _ = _seeded(flatten(closed, leaves=()), [*inputs, *cotangents], atoms, cuts, nested=True)
+    return _DerivativeRule(zero=False, singular=read.ledger.singular(atoms))
+
+
+def _renamed(x: Tracked, names: np.ndarray) -> Tracked:
+    """A value whose atoms are called by their positions among these names."""
+    factors = (replace(f, ids=np.searchsorted(names, f.ids)) for f in x.factors)
+    return Tracked(x.shape, tuple(factors), x.uniform)
 
 
 def _doubtful(x: Tracked) -> Tracked:
-    return Tracked(x.shape, tuple(Factor(f.axes, f.ids, False) for f in x.factors), x.uniform)
+    return Tracked(x.shape, tuple(replace(f, dead=Dead(False, f.dead.values)) for f in x.factors), x.uniform)
 
 
 def _solve(ledger: Ledger, joint: Iterable[Factor]) -> Solution:
@@ -323,7 +358,7 @@ def _units_left(labels: np.ndarray, position: int) -> int:
     trial = Ledger()
     names, ids = np.unique(labels, return_inverse=True)
     trial.fresh(len(names))
-    trial.collapse(Factor(tuple(range(labels.ndim)), ids.reshape(labels.shape), True), [position])
+    trial.collapse(Factor(tuple(range(labels.ndim)), ids.reshape(labels.shape), ZERO), [position])
     solved = trial.solve()
     fixed = solved.labels[names < 0]
     return len(np.setdiff1d(solved.labels, fixed))

@@ -384,7 +384,7 @@ def _by_class(analysis: Analysis, value: int) -> Tracked:
     """A value whose atoms are the classes that an outer analysis found."""
     shape = analysis.program.avals[value].shape
     labels = analysis.solution.labels
-    factors = tuple(Factor(f.axes, labels[f.ids], f.zero) for f in analysis.factors.get(value, ()))
+    factors = tuple(Factor(f.axes, labels[f.ids], f.dead) for f in analysis.factors.get(value, ()))
     return Tracked(shape, factors)
 
 

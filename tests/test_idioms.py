@@ -216,43 +216,6 @@ def test_what_is_zero_of_zeros_runs_small(of):
     assert max(law_errors(apply, VARIABLES, X, keep=KEEP, groups=groups)) <= 1e-10
 
 
-def test_a_loop_may_start_where_it_is_singular_for_every_channel():
-    """The root of a mean that starts at zero tells no channel from another, and later it is not zero."""
-
-    def step(mean, row):
-        scaled = row / (lax.stop_gradient(jnp.sqrt(mean)) + 0.1)
-        return 0.9 * mean + 0.1 * row**2, scaled
-
-    def apply(v, x):
-        return lax.scan(step, jnp.zeros(6), jnp.cos(x @ v["a"]))[1] @ v["b"]
-
-    groups = ca.find_groups(apply, VARIABLES, X, strict=True)
-    assert groups.units == 6
-    assert max(law_errors(apply, VARIABLES, X, keep=KEEP, groups=groups)) <= 1e-10
-
-
-SINGULAR_AT_FIRST = {
-    "over a carry of zeros": lambda h: lax.scan(
-        lambda c, row: (c + jnp.exp(row), jnp.tanh(row / c)), jnp.zeros(6), h
-    )[1],
-    "over nothing": lambda h: lax.scan(lambda c, row: (c, jnp.sign(row / 0.0)), 0.0, h)[1],
-    "a value": lambda h: lax.scan(lambda h, _: (jnp.cos(1 / h), None), h, length=2)[0],
-    "a derivative": lambda h: lax.scan(lambda h, _: (jnp.exp(-jnp.sqrt(jnp.abs(h))), None), h, length=2)[0],
-    "in a while loop": lambda h: lax.while_loop(
-        lambda s: s[0] < 2, lambda s: (s[0] + 1, jnp.cos(1 / s[1])), (0, h)
-    )[1],
-    "in a fori_loop": lambda h: lax.fori_loop(0, 2, lambda _, h: jnp.log(jnp.abs(h)) + 1, h),
-}
-
-
-@pytest.mark.parametrize("loop", SINGULAR_AT_FIRST)
-def test_a_loop_may_be_singular_in_its_first_step_alone(loop):
-    """Channels that are zero before it and not after its first step: masked, they are infinite there."""
-    groups = ca.find_groups(lambda v, x: SINGULAR_AT_FIRST[loop](x @ v["a"]) @ v["b"], VARIABLES, X)
-    assert groups.units == 0
-    assert any("singular at zero" in axis.reason for axis in groups.fixed)
-
-
 def test_activated_channels_of_images_stay_zero():
     """A bias is added along the channels alone: that says nothing of the axes that never leave."""
 
@@ -508,26 +471,6 @@ def test_a_single_element_looked_up_stays(look_up):
     keep = np.array([1, 0, 0, 1, 0], bool)
     assert max(law_errors(apply, variables, X, keep=keep, groups=groups)) <= 1e-10
     assert ca.plan_units(groups, keep).kept[2] == ((0, 1, 4),)
-
-
-@pytest.mark.parametrize(
-    ("spread", "units"),
-    [
-        (lambda h: jnp.std(h, axis=0), 0),  # Its derivative is infinite where a channel is zero.
-        (lambda h: jnp.sqrt(jnp.var(h, axis=0) + 1e-6), 6),
-    ],
-    ids=["std", "var and epsilon"],
-)
-def test_spread_of_channels(spread, units):
-    """`jnp.std` chooses between its value and NaN by a flag that the trace knows."""
-
-    def apply(v, x):
-        return spread(x @ v["a"]) @ v["b"]
-
-    groups = ca.find_groups(apply, VARIABLES, X)
-    assert groups.units == units
-    if not units:
-        assert "`sqrt` is singular at zero" in str(groups)
 
 
 def test_activation_of_integers():

@@ -14,10 +14,11 @@ from equinox.internal._loop.common import maybe_set_p, select_if_vmap_p
 from equinox.internal._primitive import _vprim_p as batched_p
 from jax.extend.core import Primitive
 
+from compaware_jax.dead import one_of
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut
-from compaware_jax.rules.families import elementwise, fixed_elsewhere, is_zero, passed
+from compaware_jax.rules.families import cases, dead_of, elementwise, fixed_elsewhere, passed
 from compaware_jax.rules.registry import Kept, Small, primitives_of, register_rule
 
 # --- what must not differ among the examples of a vmap ---------------------------------------------------
@@ -43,6 +44,7 @@ for primitive in primitives_of(eqxi.nonbatchable, _COUNT):
 elementwise(
     select_if_vmap_p,
     lambda eqn, zero, uniform: all(z or u == 0 for z, u in list(zip(zero, uniform, strict=True))[1:]),
+    becomes=lambda eqn, numbers, left: cases(eqn, [frozenset(), *numbers[1:]], [False, *left[1:]]),
 )
 
 # --- what a step saves: `buffer.at[step].set(value)` -----------------------------------------------------
@@ -85,8 +87,8 @@ def _couple_set(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
     parts, shape = inputs[1:3], eqn.out_shapes[0]
     factors = []
     handed_on = [tuple(passed(ledger, x, to, reason)) for x, to in zip(parts, rows, strict=True)]
-    for axes, ids, flags in combine(ledger, handed_on):
-        factors.append(Factor(axes, ids, all(map(is_zero, parts, flags))))
+    for axes, ids, dead in combine(ledger, handed_on):
+        factors.append(Factor(axes, ids, one_of(map(dead_of, parts, dead))))
     factors += fixed_elsewhere(ledger, shape, set(rows[0].values()) | set(rows[1].values()), reason)
     return [Tracked(shape, tuple(factors))]
 

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 from jax.extend.core import primitives as p
 
+from compaware_jax.dead import UNKNOWN, ZERO
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.placement import dividing, explicit
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, intersect, small_shape, spread, vanishes
-from compaware_jax.rules.families import fixed_elsewhere
+from compaware_jax.rules.families import fixed_elsewhere, zero_or_unknown
 from compaware_jax.rules.registry import Kept, Small, primitives_of, register_rule
 
 # --- dot_general --------------------------------------------------------------------------------------
@@ -60,13 +61,13 @@ def _couple_dot(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
             by_role[role][operand].append(moved)
     combine(ledger, [tuple(fs) for fs in by_role["contract"]])
     factors = [
-        Factor(axes, ids, any(flags))
-        for axes, ids, flags in combine(ledger, [tuple(fs) for fs in by_role["batch"]])
+        Factor(axes, ids, ZERO if any(d and d.zero for d in dead) else UNKNOWN)
+        for axes, ids, dead in combine(ledger, [tuple(fs) for fs in by_role["batch"]])
     ]
     offset = len(_numbers(eqn)[1][0])
     for operand in (0, 1):
         for factor in by_role["free"][operand]:
-            factors.append(factor.moved({a: a + offset for a in factor.axes}))
+            factors.append(zero_or_unknown(factor).moved({a: a + offset for a in factor.axes}))
         offset += sum(role == "free" for role, _ in roles[operand].values())
     return [Tracked(eqn.out_shapes[0], tuple(factors))]
 

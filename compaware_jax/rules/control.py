@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,21 +12,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives as p
 
+from compaware_jax.dead import BLANK, ZERO, Dead, one_of
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import cut, missing, scatter
-from compaware_jax.rules.families import common_value, is_zero
+from compaware_jax.rules.families import common_value, dead_of
 from compaware_jax.rules.registry import REGIONS, Kept, Read, RegionRule, RunBody, Small
 from compaware_jax.trace import scan_parts, while_parts
+
+# So many steps of a loop are read with all that dead positions become.
+_FOLLOWED = 3
 
 
 def _carried(ledger: Ledger, x: Tracked) -> Tracked:
     """A carry before the first step: axes that nothing was known of may leave with what the body ties."""
     covered = {a for f in x.factors for a in f.axes}
     new = (
-        Factor((a,), ledger.fresh(n), x.uniform == 0)
-        for a, n in enumerate(x.shape)
-        if n > 1 and a not in covered
+        Factor((a,), ledger.fresh(n), dead_of(x)) for a, n in enumerate(x.shape) if n > 1 and a not in covered
     )
     factors = (*x.factors, *new)
     return Tracked(x.shape, factors, x.uniform if factors else None)
@@ -33,25 +37,34 @@ def _carried(ledger: Ledger, x: Tracked) -> Tracked:
 def _joined(ledger: Ledger, xs: Sequence[Tracked]) -> Tracked:
     """What holds of a value that is one of several, all of one shape."""
     factors = []
-    for axes, ids, flags in combine(ledger, [x.factors for x in xs]):
-        factors.append(Factor(axes, ids, all(map(is_zero, xs, flags))))
+    for axes, ids, dead in combine(ledger, [x.factors for x in xs]):
+        factors.append(Factor(axes, ids, one_of(map(dead_of, xs, dead))))
     return Tracked(xs[0].shape, tuple(factors), common_value(xs))
 
 
 def _settled(ledger: Ledger, carry: list[Tracked], step: Any) -> tuple[list[Tracked], Any]:
     """Read a loop's body until what holds of the carry holds after a step, too."""
-    while True:
+    for steps in itertools.count(1):
         after, others = step(carry)
         joined = [_joined(ledger, pair) for pair in zip(carry, after, strict=True)]
+        if steps > _FOLLOWED:
+            joined = [_zeros_alone(x) for x in joined]
         if [_form(x) for x in joined] == [_form(x) for x in carry]:
-            return carry, others
-        # Coarser factors or fewer zeros: both can only shrink, so this ends. What was read holds of the first
-        # step, so what is singular there stays marked.
+            break
+        # Coarser factors, fewer that are zero or more that may be: each can only go on so far, so this ends.
+        # What was read holds of the first step, so what is singular there stays marked.
         carry = joined
+    return carry, others
 
 
-def _form(x: Tracked) -> tuple[float | None, set[tuple[tuple[int, ...], bool]]]:
-    return x.uniform, {(f.axes, f.zero) for f in x.factors}
+def _form(x: Tracked) -> tuple[float | None, set[tuple[tuple[int, ...], Dead]]]:
+    return x.uniform, {(f.axes, f.dead) for f in x.factors}
+
+
+def _zeros_alone(x: Tracked) -> Tracked:
+    """The value, its dead positions followed no further than whether they may be zero: a carry may count."""
+    factors = (replace(f, dead=Dead(f.zero, f.dead.values & ZERO.values)) for f in x.factors)
+    return replace(x, factors=tuple(factors))
 
 
 # --- scan ---------------------------------------------------------------------------------------------
@@ -85,7 +98,7 @@ def _stacked(ledger: Ledger, eqn: Equation, y: Tracked) -> Tracked:
     length = eqn.params["length"]
     if length > 1:
         ids = ledger.fresh_fixed(length, reason=f"the axis that {eqn.where} runs over")
-        factors.append(Factor((0,), ids, True))
+        factors.append(Factor((0,), ids, BLANK))
     return Tracked((length, *y.shape), tuple(factors), y.uniform)
 
 

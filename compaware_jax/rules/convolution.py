@@ -14,7 +14,7 @@ from jax.extend.core import primitives as p
 from compaware_jax.factors import Factor, Ledger, Tracked
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, filled_up, intersect, spread, take_along, vanishes
-from compaware_jax.rules.families import fixed_elsewhere, mixed
+from compaware_jax.rules.families import fixed_elsewhere, mixed, zero_or_unknown
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
 Channels = Factor | None
@@ -75,9 +75,9 @@ def _couple_conv(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> li
 
     factors = fixed_elsewhere(ledger, shape, (out_batch, out_feature, *free), f"spatial axis of {eqn.where}")
     if batch is not None:
-        factors.append(batch.moved({batch_axis: out_batch}))
+        factors.append(zero_or_unknown(batch).moved({batch_axis: out_batch}))
     if filters is not None:
-        factors.append(filters.moved({filter_axis: out_feature}))
+        factors.append(zero_or_unknown(filters).moved({filter_axis: out_feature}))
     return [Tracked(shape, tuple(factors))]
 
 
@@ -109,7 +109,7 @@ def _tie_groups(
     if filters is not None or feature is None:
         return filters
     filter_axis = eqn.params["dimension_numbers"].rhs_spec[0]
-    return Factor((filter_axis,), np.repeat(whole, outputs), feature.zero)
+    return Factor((filter_axis,), np.repeat(whole, outputs), feature.dead)
 
 
 def _sizes(eqn: Equation) -> tuple[int, int, int]:

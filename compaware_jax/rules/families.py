@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import jax
 import numpy as np
 from jax.extend.core import Primitive
 
+from compaware_jax.dead import BLANK, UNKNOWN, ZERO, Dead, few
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut
@@ -16,30 +22,55 @@ from compaware_jax.rules.registry import RULES, Kept, Rule, Small, register_rule
 ZeroTest = Callable[[Equation, Sequence[bool], Sequence[float | None]], bool]
 """Whether an element-wise result is zero, from each operand's zero flag and uniform value."""
 
+Numbers = frozenset[float]
+Becomes = Callable[[Equation, Sequence[Numbers], Sequence[bool]], Iterable[float]]
+"""What an element-wise result is, from what each operand is (empty: not known), and whether by what left."""
+
 
 def elementwise(
     primitive: Primitive,
     zero: ZeroTest,
     singular: Iterable[int] | Callable[[Equation, Sequence[float | None]], Iterable[int]] = (),
+    *,
+    at: Sequence[float] = (0.0,),
+    finite: bool = False,
+    becomes: Becomes | None = None,
+    crosses: bool = False,
 ) -> None:
     """Register an element-wise primitive.
 
     Args:
       primitive: its operands have the output's shape, up to size-1 axes and scalars.
       zero: when dead positions stay zero.
-      singular: operands at whose zeros the function or its derivative is infinite; or a function of the
-        equation and the operands' uniform values that says which.
+      singular: operands at some values of which the function or its derivative is infinite; or a function of
+        the equation and the operands' uniform values that says which.
+      at: those values.
+      finite: whether it is the derivative alone that is infinite there.
+      becomes: the function itself, on numbers (see `on_numbers`): what is dead and not zero may be a number
+        at which a later function is infinite.
+      crosses: whether it is zero where one operand is dead along an axis and another along another.
     """
 
     def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
         uniform = [x.uniform for x in inputs]
         infinite = list(singular(eqn, uniform) if callable(singular) else singular)
+        if finite and not ledger.is_differentiated(eqn.outputs[0]):
+            infinite = []
         factors = []
-        for axes, ids, flags in combine(ledger, [x.factors for x in inputs]):
-            dead_is_zero = [bool(flag) for flag in flags]
-            factors.append(Factor(axes, ids, zero(eqn, dead_is_zero, uniform)))
-            if infinite and _tells_apart(infinite, dead_is_zero, uniform):
-                ledger.mark_inexact(ids, f"{eqn.where} is singular at zero")
+        for axes, ids, dead in combine(ledger, [x.factors for x in inputs]):
+            by_what_left = [d is not None and bool(d.values) for d in dead]
+            if zero(eqn, [d is not None and d.zero for d in dead], uniform):
+                result = ZERO if any(by_what_left) else BLANK
+            elif becomes is None or not any(by_what_left):
+                result = UNKNOWN
+            else:
+                numbers = [_numbers(u, d) for u, d in zip(uniform, dead, strict=True)]
+                if crosses:
+                    numbers = [n or _elsewhere(ledger, x, axes) for n, x in zip(numbers, inputs, strict=True)]
+                result = Dead(False, few(becomes(eqn, numbers, by_what_left)))
+            factors.append(Factor(axes, ids, result))
+            if infinite and (place := _tells_apart(infinite, at, dead, uniform)) is not None:
+                ledger.mark_inexact(ids, f"{eqn.where} is singular at {f'{place:g}' if place else 'zero'}")
         is_null = zero(eqn, [u == 0 for u in uniform], uniform)
         return [Tracked(eqn.out_shapes[0], tuple(factors), 0.0 if is_null else None)]
 
@@ -49,22 +80,68 @@ def elementwise(
     RULES[primitive] = Rule(couple, slim, elementwise=True)
 
 
-def _tells_apart(infinite: Sequence[int], zero: Sequence[bool], uniform: Sequence[float | None]) -> bool:
-    """Whether an operand is singular where a channel is dead, and not alike for every channel.
+def on_numbers(function: Callable[..., Any]) -> Becomes:
+    """What a function of numbers makes of all that its operands may be; nothing where one is not known."""
 
-    Where it is zero everywhere, it tells no channel from another; but something over zero is not nothing
-    over zero.
+    @cache
+    def results(numbers: tuple[Numbers, ...]) -> Numbers:
+        with np.errstate(all="ignore"):
+            every = [function(*map(np.float64, each)) for each in itertools.product(*numbers)]
+        return frozenset(float(y) for y in every if np.isfinite(y))
+
+    return lambda eqn, numbers, by_what_left: results(tuple(numbers))
+
+
+def cases(eqn: Equation, numbers: Sequence[Numbers], by_what_left: Sequence[bool]) -> Iterable[float]:
+    """What is chosen from all operands but the first, which chooses.
+
+    If the first is not known, or not by what left, then only cases that something left are told.
     """
-    differ = [z and u is None for z, u in zip(zero, uniform, strict=True)]
-    return any(differ[n] or (uniform[n] == 0 and any(differ)) for n in infinite if n < len(differ))
+    which, *each = numbers
+    chosen = [int(n) for n in which] or range(len(each))
+    return (x for n in chosen if by_what_left[0] or by_what_left[n + 1] for x in each[n])
 
 
-def reduction(primitive: Primitive, *, sums: bool) -> None:
-    """Register a reduction over ``params["axes"]``.
+def _numbers(uniform: float | None, dead: Dead | None) -> Numbers:
+    if dead is None:
+        return frozenset() if uniform is None or not np.isfinite(uniform) else frozenset({uniform})
+    return dead.values or (ZERO.values if dead.zero else frozenset())
+
+
+def _elsewhere(ledger: Ledger, x: Tracked, axes: tuple[int, ...]) -> Numbers:
+    """What a value is where it is dead along other axes than these."""
+    others = (f for f in x.factors if f.axes != axes and not ledger.all_fixed(f.ids))
+    return frozenset().union(*(f.dead.values for f in others))
+
+
+def _tells_apart(
+    infinite: Sequence[int], at: Sequence[float], dead: Sequence[Dead | None], uniform: Sequence[float | None]
+) -> float | None:
+    """Where an operand is singular that is so where a channel is dead, and not alike for every channel.
+
+    What is the same everywhere tells no channel from another; but something over zero is not nothing over
+    zero.
+    """
+    values = [d.values if d and u is None else frozenset() for d, u in zip(dead, uniform, strict=True)]
+    for n in (n for n in infinite if n < len(dead)):
+        for place in at:
+            if place in values[n] or (uniform[n] == place and any(place in v for v in values)):
+                return place
+    return None
+
+
+def reduction(
+    primitive: Primitive,
+    *,
+    sums: bool,
+    becomes: Callable[[Numbers, int], Iterable[float]] = lambda numbers, count: (),
+) -> None:
+    """Register a reduction over ``params["axes"]`` to which zeros are zero.
 
     Args:
       primitive: takes one operand, or reduces several alike.
       sums: whether zeros do not change the result; otherwise a cut reduced axis is un-cut.
+      becomes: what it makes of so many numbers, all of those given among them.
     """
 
     def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
@@ -77,6 +154,10 @@ def reduction(primitive: Primitive, *, sums: bool) -> None:
                     if _cut_within(ledger, factor, kept_axes):
                         continue
                     factor = ledger.collapse(factor, kept_axes)
+                    if not factor.zero:
+                        count = math.prod(x.shape[a] for a in range(len(x.shape)) if a not in kept_axes)
+                        numbers = becomes(factor.dead.values, count) if factor.dead.values else ()
+                        factor = replace(factor, dead=Dead(False, few(numbers)))
                     factors.append(factor.moved({a: kept_axes.index(a) for a in factor.axes}))
             results.append(Tracked(shape, tuple(factors), 0.0 if sums and x.uniform == 0 else None))
         return results
@@ -147,7 +228,7 @@ def fixed_elsewhere(ledger: Ledger, shape: tuple[int, ...], free: Iterable[int],
     """Factors that never leave, for the axes of a shape that are not among the free ones."""
     done = set(free)
     return [
-        Factor((a,), ledger.fresh_fixed(n, reason=reason), True)
+        Factor((a,), ledger.fresh_fixed(n, reason=reason), BLANK)
         for a, n in enumerate(shape)
         if n > 1 and a not in done
     ]
@@ -172,7 +253,7 @@ def freed(
             continue
         ids = factor.ids[tuple(0 if pos in single else slice(None) for pos in range(factor.ids.ndim))]
         axes = tuple(a for pos, a in enumerate(factor.axes) if pos not in single)
-        result.append(Factor(axes, ids, factor.zero))
+        result.append(Factor(axes, ids, factor.dead))
     return Tracked(shape, tuple(result), uniform)
 
 
@@ -182,9 +263,16 @@ def common_value(xs: Sequence[Tracked]) -> float | None:
     return uniform.pop() if len(uniform) == 1 else None
 
 
-def is_zero(x: Tracked, flag: bool | None) -> bool:
-    """Whether dead positions of a value are zero, by a flag of `combine`; None: no factor is there."""
-    return x.uniform == 0 if flag is None else flag
+def dead_of(x: Tracked, dead: Dead | None = None) -> Dead:
+    """What dead positions of a value are, by what `combine` says of it; None: no factor is there."""
+    if dead is not None:
+        return dead
+    return BLANK if x.uniform == 0 else UNKNOWN
+
+
+def zero_or_unknown(factor: Factor) -> Factor:
+    """A factor handed on by what makes zeros of zeros, and of other numbers another number."""
+    return factor if factor.zero else replace(factor, dead=UNKNOWN)
 
 
 def known_start(start: Tracked | Small, size: int, taken: int) -> int | None:

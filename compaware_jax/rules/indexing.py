@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives as p
 
+from compaware_jax.dead import UNKNOWN, Dead
 from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, take
@@ -61,7 +62,7 @@ def _couple_gather(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> 
     from_indices = passed(ledger, indices, of_indices, f"an index of {eqn.where}")
     filled = _is_filled(eqn, indices.known)
     factors = [
-        Factor(axes, ids, bool(mine) and theirs is not False and not filled)
+        Factor(axes, ids, _looked_up(mine, theirs, filled))
         for axes, ids, (mine, theirs) in combine(ledger, [tuple(factors), tuple(from_indices)])
     ]
     if not followed and any(set(f.axes) - set(passes) for f in x.factors):
@@ -69,6 +70,14 @@ def _couple_gather(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> 
         covered = {a for f in factors for a in f.axes} | set(passes.values())
         factors += fixed_elsewhere(ledger, eqn.out_shapes[0], covered, f"looked up by index in {eqn.where}")
     return [freed(ledger, eqn.out_shapes[0], factors, None if filled else x.uniform, eqn)]
+
+
+def _looked_up(mine: Dead | None, theirs: Dead | None, filled: bool) -> Dead:
+    """What is looked up in an operand at positions that may differ where channels are dead."""
+    if mine is None:
+        return UNKNOWN
+    certain = not filled and (theirs is None or theirs.zero)
+    return mine if certain else Dead(False, mine.values)
 
 
 def _is_inside(eqn: Equation, known: np.ndarray | None) -> bool:
@@ -122,7 +131,7 @@ def _follow(
     if not taken.ndim:
         ledger.fix(taken, f"a single one of them is selected by {eqn.where}")
         return []
-    return [minimal(range(taken.ndim), taken, factor.zero)]
+    return [minimal(range(taken.ndim), taken, factor.dead)]
 
 
 def _slim_gather(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
@@ -179,7 +188,7 @@ def _couple_dynamic_slice(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracke
         for position, axis in enumerate(factor.axes):
             start = known[axis] or 0
             ids = np.take(ids, np.arange(start, start + sizes[axis]), axis=position)
-        factors.append(Factor(factor.axes, ids, factor.zero))
+        factors.append(Factor(factor.axes, ids, factor.dead))
     factors += fixed_elsewhere(ledger, eqn.out_shapes[0], passes, reason)
     return [freed(ledger, eqn.out_shapes[0], factors, x.uniform, eqn)]
 

@@ -13,10 +13,11 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives as p
 
+from compaware_jax.dead import BLANK, one_of
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut
-from compaware_jax.rules.families import common_value
+from compaware_jax.rules.families import common_value, dead_of
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
 
@@ -32,16 +33,19 @@ def _couple_concatenate(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]
     along = [None if f is None else ledger.collapse(f, span) for f in along]
     across = [tuple(f for f in x.factors if axis not in f.axes) for x in inputs]
     factors = []
-    for axes, ids, flags in combine(ledger, across):
-        zero = all(flag or x.uniform == 0 for flag, x in zip(flags, inputs, strict=True))
-        factors.append(Factor(axes, ids, zero))
+    for axes, ids, dead in combine(ledger, across):
+        factors.append(Factor(axes, ids, one_of(map(dead_of, inputs, dead))))
     if any(f is not None or (x.factors and x.shape[axis] == 1) for f, x in zip(along, inputs, strict=True)):
         ids = [
             _untracked(ledger, eqn, [x.shape[a] for a in span], x.shape[axis]) if f is None else f.ids
             for f, x in zip(along, inputs, strict=True)
         ]
-        zero = all(x.uniform == 0 if f is None else f.zero for f, x in zip(along, inputs, strict=True))
-        factors.append(Factor(span, np.concatenate(ids, axis=span.index(axis)), zero))
+        fixed = [f is not None and ledger.all_fixed(f.ids) for f in along]
+        dead = one_of(
+            BLANK if stays else dead_of(x, f and f.dead)
+            for f, x, stays in zip(along, inputs, fixed, strict=True)
+        )
+        factors.append(Factor(span, np.concatenate(ids, axis=span.index(axis)), dead))
     return [Tracked(eqn.out_shapes[0], tuple(factors), common_value(inputs))]
 
 
@@ -88,12 +92,11 @@ def _joined(ledger: Ledger, eqn: Equation, pieces: Sequence[Tracked], axis: int)
     joint = _joint(ledger, pieces, axis)
     factors = [] if joint is None else [joint]
     rest = [tuple(f for f in x.factors if joint is None or f.axes[0] not in joint.axes) for x in pieces]
-    for axes, ids, flags in combine(ledger, rest):
-        zero = all(flag or x.uniform == 0 for flag, x in zip(flags, pieces, strict=True))
-        factors.append(Factor(axes, ids, zero))
+    for axes, ids, dead in combine(ledger, rest):
+        factors.append(Factor(axes, ids, one_of(map(dead_of, pieces, dead))))
     if factors and joint is None and len(pieces) > 1:
         ids = ledger.fresh_fixed(len(pieces), reason=f"joined one by one by {eqn.where}")
-        factors.append(Factor((axis,), ids, True))
+        factors.append(Factor((axis,), ids, BLANK))
     return Tracked(eqn.out_shapes[0], tuple(factors), common_value(pieces))
 
 
@@ -110,8 +113,8 @@ def _joint(ledger: Ledger, pieces: Sequence[Tracked], axis: int) -> Factor | Non
     ids, (other,) = np.stack([f.ids for f in differ[0]]), differ[0][0].axes
     if not ledger.chosen(((), ids.shape)):
         return None
-    zero = all(f.zero for f in differ[0])
-    return Factor((axis, other), ids, zero) if axis < other else Factor((other, axis), ids.T, zero)
+    dead = one_of(f.dead for f in differ[0])
+    return Factor((axis, other), ids, dead) if axis < other else Factor((other, axis), ids.T, dead)
 
 
 def _slim_stack(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives as p
 
+from compaware_jax.dead import BLANK
 from compaware_jax.factors import Factor, Ledger, Tracked, minimal
 from compaware_jax.placement import dividing, explicit
 from compaware_jax.program import Equation
@@ -126,7 +127,7 @@ def _merged(
     free = [f for f in inside if not ledger.all_fixed(f.ids)]
     if not free:
         reason = "reshaped from axes that are fixed"
-        return [Factor((a,), ledger.fresh_fixed(eqn.out_shapes[0][a], reason=reason), True) for a in outs]
+        return [Factor((a,), ledger.fresh_fixed(eqn.out_shapes[0][a], reason=reason), BLANK) for a in outs]
     # Two independent sets of units cannot both leave a merged axis: its rows would form a rectangle
     # that one dense axis cannot hold. The set with more units stays free, unless more leave elsewhere when
     # it is the other one.
@@ -141,7 +142,7 @@ def _merged(
     sizes = [shape[a] for a in ins]
     index = tuple(slice(None) if a in stays.axes else None for a in ins)
     ids = np.broadcast_to(stays.ids[index], sizes)
-    return [minimal(outs, ids.reshape([eqn.out_shapes[0][a] for a in outs]), stays.zero)]
+    return [minimal(outs, ids.reshape([eqn.out_shapes[0][a] for a in outs]), stays.dead)]
 
 
 def _slim_reshape(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:

@@ -10,11 +10,12 @@ from jax import lax
 from jax.extend.core import primitives as p
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from compaware_jax.dead import UNKNOWN, ZERO
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.placement import dividing
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut, filled_up
-from compaware_jax.rules.families import fixed_elsewhere, is_zero, mixed, passed
+from compaware_jax.rules.families import dead_of, fixed_elsewhere, mixed, passed, zero_or_unknown
 from compaware_jax.rules.registry import Kept, Small, primitives_of, register_rule
 
 # --- random bits: drawn at full width, cut where they are used ----------------------------------------
@@ -48,9 +49,9 @@ def _couple_gamma(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> l
     key, shape = inputs
     _couple_drawn(ledger, eqn, [key])
     for factor in shape.factors:
-        if factor.zero and shape.uniform is None:
+        if 0.0 in factor.dead.values and shape.uniform is None:
             ledger.mark_inexact(factor.ids, f"{eqn.where} is singular at zero")
-    return [Tracked(shape.shape, tuple(replace(f, zero=False) for f in shape.factors))]
+    return [Tracked(shape.shape, tuple(replace(f, dead=UNKNOWN) for f in shape.factors))]
 
 
 def _slim_gamma(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:
@@ -100,7 +101,8 @@ def _couple_bits(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> li
     # Numbers of another width have an axis more, or less, for their pieces. The bits of zero are zero.
     (x,), shape = inputs, eqn.out_shapes[0]
     same = {a: a for a in range(min(len(x.shape), len(shape)))}
-    return [Tracked(shape, tuple(passed(ledger, x, same, f"pieces of numbers in {eqn.where}")))]
+    factors = passed(ledger, x, same, f"pieces of numbers in {eqn.where}")
+    return [Tracked(shape, tuple(map(zero_or_unknown, factors)))]
 
 
 register_rule(p.bitcast_convert_type_p, _couple_bits, _slim_whole)
@@ -132,12 +134,13 @@ def _couple_matrices(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -
     parts = [tuple(passed(ledger, first, {a: a for a in batch}, reason))]
     parts += [tuple(passed(ledger, x, {a: a for a in (*batch, *columns)}, reason)) for x in others]
     for factor in parts[0]:
-        if factor.zero and first.uniform is None:
+        if 0.0 in factor.dead.values and first.uniform is None:
             ledger.mark_inexact(factor.ids, f"{eqn.where} of a matrix of zeros")
     solves, factors = eqn.primitive is p.triangular_solve_p, []
-    for axes, ids, flags in combine(ledger, parts):
+    for axes, ids, dead in combine(ledger, parts):
         # What solves for zeros is zero.
-        factors.append(Factor(axes, ids, solves and is_zero(others[0], flags[1])))
+        zero = solves and dead_of(others[0], dead[1]).zero
+        factors.append(Factor(axes, ids, ZERO if zero else UNKNOWN))
     return [
         Tracked(shape, (*factors, *fixed_elsewhere(ledger, shape, {*batch, *columns}, reason)))
         for shape in eqn.out_shapes
@@ -186,7 +189,7 @@ def _couple_fft(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
     (x,), shape = inputs, eqn.out_shapes[0]
     batch = len(shape) - len(eqn.params["fft_lengths"])
     reason, free = f"transformed by {eqn.where}", mixed(ledger, x, range(batch))
-    factors = passed(ledger, x, {a: a for a in range(batch)}, reason, free)
+    factors = [zero_or_unknown(f) for f in passed(ledger, x, {a: a for a in range(batch)}, reason, free)]
     factors += fixed_elsewhere(ledger, shape, {*range(batch), *(a for f in free for a in f.axes)}, reason)
     return [Tracked(shape, tuple(factors))]
 

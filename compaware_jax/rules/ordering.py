@@ -8,6 +8,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 
+from compaware_jax.dead import UNKNOWN
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut
@@ -35,7 +36,8 @@ def sorting(primitive: Primitive, axis_of: Callable[[Equation], int], *, places:
             source = min(number, len(inputs) - 1)
             lost = places and number == len(eqn.out_shapes) - 1
             factors = tuple(
-                Factor(axes, ids, bool(flags[source]) and not lost) for axes, ids, flags in combined
+                Factor(axes, ids, UNKNOWN if lost else dead[source] or UNKNOWN)
+                for axes, ids, dead in combined
             )
             outputs.append(Tracked(shape, factors))
         return outputs

@@ -15,17 +15,18 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives as p
 
+from compaware_jax.dead import one_of
 from compaware_jax.factors import Factor, Ledger, Tracked
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import take
-from compaware_jax.rules.families import freed
+from compaware_jax.rules.families import dead_of, freed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
 # --- slice, rev, split, unstack -----------------------------------------------------------------------
 
 
 def _sliced(ledger: Ledger, eqn: Equation, x: Tracked, index: tuple[slice, ...], out: int) -> Tracked:
-    factors = [Factor(f.axes, f.ids[tuple(index[a] for a in f.axes)], f.zero) for f in x.factors]
+    factors = [Factor(f.axes, f.ids[tuple(index[a] for a in f.axes)], f.dead) for f in x.factors]
     return freed(ledger, eqn.out_shapes[out], factors, x.uniform, eqn)
 
 
@@ -116,7 +117,7 @@ def _couple_unstack(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) ->
     single = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
     outputs = []
     for index, shape in zip(_unstack_indices(eqn), eqn.out_shapes, strict=True):
-        factors = [Factor(f.axes, f.ids[tuple(index[a] for a in f.axes)], f.zero) for f in x.factors]
+        factors = [Factor(f.axes, f.ids[tuple(index[a] for a in f.axes)], f.dead) for f in x.factors]
         sliced = freed(ledger, single, factors, x.uniform, eqn)
         moved = tuple(f.moved({a: a - (a > axis) for a in f.axes}) for f in sliced.factors)
         outputs.append(Tracked(shape, moved, x.uniform))
@@ -163,8 +164,8 @@ def _couple_pad(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
                 ids[source < 0] = ledger.fresh_fixed(*new, reason=reason) if fixed else ledger.fresh(*new)
                 ids = np.moveaxis(ids, 0, position)
         # Padding along any axis puts the padding value at dead positions too.
-        zero = factor.zero and (whole or value.uniform == 0)
-        factors.append(Factor(factor.axes, ids, zero))
+        dead = factor.dead if whole else one_of([factor.dead, dead_of(value)])
+        factors.append(Factor(factor.axes, ids, dead))
     uniform = x.uniform if x.uniform == value.uniform else None
     return [freed(ledger, eqn.out_shapes[0], factors, uniform, eqn)]
 
@@ -194,7 +195,7 @@ register_rule(p.pad_p, _couple_pad, _slim_pad)
 
 def _couple_tile(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
     (x,), reps = inputs, eqn.params["reps"]
-    factors = [Factor(f.axes, np.tile(f.ids, [reps[a] for a in f.axes]), f.zero) for f in x.factors]
+    factors = [Factor(f.axes, np.tile(f.ids, [reps[a] for a in f.axes]), f.dead) for f in x.factors]
     return [Tracked(eqn.out_shapes[0], tuple(factors), x.uniform)]
 
 

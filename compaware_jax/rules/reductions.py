@@ -5,10 +5,14 @@ from jax.extend.core import primitives as p
 from compaware_jax.rules.families import reduction
 
 # Under vmap, what is summed over the name of a mapped axis is summed over that axis.
-for primitive in (p.reduce_sum_p, p.reduce_or_p, p.reduce_xor_p, p.psum_p):
+reduction(p.reduce_sum_p, sums=True, becomes=lambda xs, n: [n * x for x in xs] if len(xs) == 1 else ())
+reduction(p.reduce_or_p, sums=True, becomes=lambda xs, n: [max(xs)])
+for primitive in (p.reduce_xor_p, p.psum_p):
     reduction(primitive, sums=True)
-for primitive in (
-    p.reduce_max_p, p.reduce_min_p, p.reduce_prod_p, p.reduce_and_p, p.argmax_p, p.argmin_p,
-    p.pmax_p, p.pmin_p,
-):  # fmt: skip
+reduction(p.reduce_prod_p, sums=False, becomes=lambda xs, n: [x**n for x in xs if x == 0 or len(xs) == 1])
+for primitive in (p.reduce_max_p, p.pmax_p):
+    reduction(primitive, sums=False, becomes=lambda xs, n: [max(xs)])
+for primitive in (p.reduce_min_p, p.pmin_p, p.reduce_and_p):
+    reduction(primitive, sums=False, becomes=lambda xs, n: [min(xs)])
+for primitive in (p.argmax_p, p.argmin_p):
     reduction(primitive, sums=False)

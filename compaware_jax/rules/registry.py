@@ -118,7 +118,7 @@ def register_rule(
       >>> def couple(ledger, eqn, inputs):
       ...     last = len(inputs[0].shape) - 1
       ...     return [Tracked(inputs[0].shape, tuple(
-      ...         Factor(f.axes, swap(f.ids), f.zero) if f.axes == (last,) else f
+      ...         Factor(f.axes, swap(f.ids), f.dead) if f.axes == (last,) else f
       ...         for f in inputs[0].factors))]
       >>> ca.register_rule(swap_p, couple)
       >>> net = lambda v, x: swap_p.bind(x @ v["a"]) @ v["b"]

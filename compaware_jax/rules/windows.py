@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
 from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 
+from compaware_jax.dead import UNKNOWN, ZERO, Dead, one_of
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut, filled_up
@@ -66,10 +68,7 @@ def windowed(primitive: Primitive, *, zeros: bool, padded: bool = True) -> None:
         ]
         untracked = {a for factors in free for f in factors for a in f.axes}
         stays = zeros and (padded or _is_always_on_data(eqn))
-        factors = [
-            Factor(axes, ids, stays and all(bool(flag) for flag in flags))
-            for axes, ids, flags in combine(ledger, parts)
-        ]
+        factors = [Factor(axes, ids, _windows_of(dead, stays)) for axes, ids, dead in combine(ledger, parts)]
         outputs = []
         for shape in eqn.out_shapes:
             fixed = fixed_elsewhere(ledger, shape, {*trivial, *untracked}, reason)
@@ -89,6 +88,15 @@ def windowed(primitive: Primitive, *, zeros: bool, padded: bool = True) -> None:
         return bind(eqn, arrays)
 
     register_rule(primitive, couple, slim)
+
+
+def _windows_of(dead: Sequence[Dead | None], stays: bool) -> Dead:
+    return _zeros_of(one_of(UNKNOWN if d is None else d for d in dead), stays)
+
+
+def _zeros_of(dead: Dead, stays: bool) -> Dead:
+    """What is made of runs that may be zero from end to end: then it may be zero, or `stays` so."""
+    return Dead(stays and dead.zero, dead.values & ZERO.values)
 
 
 windowed(p.reduce_window_sum_p, zeros=True)
@@ -113,7 +121,7 @@ def running(primitive: Primitive, *, sums: bool, zeros: bool) -> None:
     def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
         (x,) = inputs
         factors = tuple(
-            Factor(f.axes, f.ids, zeros and f.zero and eqn.params["axis"] not in f.axes) for f in x.factors
+            replace(f, dead=_zeros_of(f.dead, zeros and eqn.params["axis"] not in f.axes)) for f in x.factors
         )
         return [Tracked(x.shape, factors)]
 

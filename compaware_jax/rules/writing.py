@@ -15,10 +15,11 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives as p
 
+from compaware_jax.dead import UNKNOWN, one_of
 from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut, take
-from compaware_jax.rules.families import fixed_elsewhere, is_zero, known_start, passed
+from compaware_jax.rules.families import dead_of, fixed_elsewhere, known_start, passed
 from compaware_jax.rules.registry import Kept, Small, register_rule
 
 
@@ -64,7 +65,7 @@ def _couple(
     written = passed(ledger, update, passes, reason, [f for _, f in along if f])
     factors = []
     for axes, ids, (mine, theirs) in combine(ledger, [tuple(into), tuple(written)]):
-        factors.append(Factor(axes, ids, is_zero(x, mine) and is_zero(update, theirs)))
+        factors.append(Factor(axes, ids, one_of([dead_of(x, mine), dead_of(update, theirs)])))
     if writes is None:
         return factors + fixed_elsewhere(ledger, x.shape, passes.values(), reason)
     whole = [len(np.unique(w.places)) == x.shape[w.axis] for w in places]
@@ -75,14 +76,14 @@ def _couple(
         if all(ledger.all_fixed(f.ids) for f in tracked):
             factors += fixed_elsewhere(ledger, x.shape, {*range(len(x.shape))} - {write.axis}, reason)
             continue
-        zero = [is_zero(x, mine and mine.zero), is_zero(update, theirs and theirs.zero)]
+        dead = [dead_of(x, mine and mine.dead), dead_of(update, theirs and theirs.dead)]
         ids = (ledger.fresh(size) if mine is None else mine.ids).copy()
         if theirs is not None:
             if replaces and all(whole[:n] + whole[n + 1 :]):
                 ids[write.places] = theirs.ids
-                zero = zero[1:] if whole[n] else zero
+                dead = dead[1:] if whole[n] else dead
             ledger.equate(ids[write.places], theirs.ids)
-        factors.append(Factor((write.axis,), ids, all(zero)))
+        factors.append(Factor((write.axis,), ids, one_of(dead)))
     return factors
 
 
@@ -186,7 +187,7 @@ def _couple_scatter(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) ->
     applied = sets and eqn.params["update_jaxpr"] is not None
     writes, passes = _scatter_writes(eqn, indices.known), whole | batching
     factors = _couple(ledger, eqn, x, updates, passes, writes, replaces=sets and not applied)
-    return [Tracked(x.shape, tuple(replace(f, zero=f.zero and not applied) for f in factors))]
+    return [Tracked(x.shape, tuple(factors if not applied else [replace(f, dead=UNKNOWN) for f in factors]))]
 
 
 def _slim_scatter(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]) -> list[jax.Array] | None:

@@ -1,0 +1,39 @@
+"""What the dead positions of a value are in the masked network: those whose atom is removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Dead:
+    """What the dead positions of a value are in the masked network.
+
+    Attributes:
+      zero: whether all of them are exactly zero, and stay so when what made them changes a little.
+      values: numbers that some of them become, as far as the trace shows. There may be others.
+    """
+
+    zero: bool
+    values: frozenset[float]
+
+
+ZERO = Dead(True, frozenset({0.0}))
+BLANK = Dead(True, frozenset())
+"""Zero, but not because anything left: the dense network's are, too."""
+UNKNOWN = Dead(False, frozenset())
+
+# Beyond these, the largest are not followed.
+_FOLLOWED = 4
+
+
+def one_of(cases: Iterable[Dead]) -> Dead:
+    """What holds of a value that is one of several, or is made of them."""
+    cases = list(cases)
+    return Dead(all(case.zero for case in cases), few(value for case in cases for value in case.values))
+
+
+def few(values: Iterable[float]) -> frozenset[float]:
+    """The values that are worth following."""
+    return frozenset(sorted(set(values), key=abs)[:_FOLLOWED])
