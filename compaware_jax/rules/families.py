@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -83,7 +83,7 @@ def elementwise(
 def on_numbers(function: Callable[..., Any]) -> Becomes:
     """What a function of numbers makes of all that its operands may be; nothing where one is not known."""
 
-    @cache
+    @lru_cache(1024)
     def results(numbers: tuple[Numbers, ...]) -> Numbers:
         with np.errstate(all="ignore"):
             every = [function(*map(np.float64, each)) for each in itertools.product(*numbers)]

@@ -39,11 +39,12 @@ def _gather_axes(eqn: Equation) -> tuple[dict[int, int], dict[int, int], dict[in
     ]
     batch = [a for a in range(len(eqn.out_shapes[0])) if a not in dims.offset_dims]
     of_indices = dict(zip(range(len(indices) - 1), batch, strict=True))
+    # In what JAX transformed, some of them are numpy's.
     batching = {
-        a: of_indices[b]
+        int(a): of_indices[b]
         for a, b in zip(dims.operand_batching_dims, dims.start_indices_batching_dims, strict=True)
     }
-    return dict(zip(windows, dims.offset_dims, strict=True)), batching, of_indices
+    return dict(zip(windows, map(int, dims.offset_dims), strict=True)), batching, of_indices
 
 
 def _couple_gather(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
