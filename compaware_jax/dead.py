@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -35,5 +36,5 @@ def one_of(cases: Iterable[Dead]) -> Dead:
 
 
 def few(values: Iterable[float]) -> frozenset[float]:
-    """The values that are worth following."""
-    return frozenset(sorted(set(values), key=abs)[:_FOLLOWED])
+    """The values that are worth following: finite ones."""
+    return frozenset(sorted(filter(math.isfinite, set(values)), key=abs)[:_FOLLOWED])

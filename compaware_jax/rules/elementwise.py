@@ -74,9 +74,12 @@ def _inverted(eqn: Equation, numbers: Sequence[Numbers], by_what_left: Sequence[
     return [1 - x for x in numbers[0]] if jnp.issubdtype(eqn.in_dtypes[0], jnp.bool_) else ()
 
 
-def _raised(eqn: Equation, numbers: Sequence[Numbers], by_what_left: Sequence[bool]) -> Sequence[float]:
-    y = eqn.params["y"]
-    return [x**y for x in numbers[0] if x or y > 0]
+_power = on_numbers(np.power)
+
+
+def _raised(eqn: Equation, numbers: Sequence[Numbers], by_what_left: Sequence[bool]) -> Iterable[float]:
+    power = frozenset({float(eqn.params["y"])})
+    return _power(eqn, [*numbers, power], by_what_left)
 
 
 elementwise(p.convert_element_type_p, lambda eqn, zero, uniform: zero[0], becomes=_converted)
@@ -176,7 +179,7 @@ elementwise(
     p.pow_p,
     lambda eqn, zero, uniform: zero[0] and (uniform[1] or 0.0) > 0,
     singular=lambda eqn, uniform: [] if (uniform[1] or 0.0) >= 1 else [0],
-    becomes=on_numbers(np.power),
+    becomes=_power,
 )
 elementwise(
     p.atan2_p,

@@ -134,14 +134,14 @@ def reduction(
     primitive: Primitive,
     *,
     sums: bool,
-    becomes: Callable[[Numbers, int], Iterable[float]] = lambda numbers, count: (),
+    becomes: Callable[[float, int], float] | None = None,
 ) -> None:
     """Register a reduction over ``params["axes"]`` to which zeros are zero.
 
     Args:
       primitive: takes one operand, or reduces several alike.
       sums: whether zeros do not change the result; otherwise a cut reduced axis is un-cut.
-      becomes: what it makes of so many numbers, all of those given among them.
+      becomes: what it makes of one number, so many times.
     """
 
     def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
@@ -156,7 +156,7 @@ def reduction(
                     factor = ledger.collapse(factor, kept_axes)
                     if not factor.zero:
                         count = math.prod(x.shape[a] for a in range(len(x.shape)) if a not in kept_axes)
-                        numbers = becomes(factor.dead.values, count) if factor.dead.values else ()
+                        numbers = [becomes(number, count) for number in factor.dead.values if becomes]
                         factor = replace(factor, dead=Dead(False, few(numbers)))
                     factors.append(factor.moved({a: kept_axes.index(a) for a in factor.axes}))
             results.append(Tracked(shape, tuple(factors), 0.0 if sums and x.uniform == 0 else None))
