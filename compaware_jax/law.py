@@ -173,7 +173,8 @@ def distance(got: Any, expected: Any) -> float:
 
 def _number(array: Any) -> np.ndarray:
     """Truth values and random keys as numbers."""
-    array = jnp.asarray(array)
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+    # By way of the host: `jnp.asarray` compiles a program per shape.
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
-    return np.asarray(array, float) if array.dtype == bool else np.asarray(array)
+    array = np.asarray(array)
+    return array.astype(float) if array.dtype == bool else array
