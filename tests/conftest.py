@@ -1,14 +1,20 @@
 """Test set-up: strict types and dtypes, so that what passes here passes everywhere."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
 
-# Before JAX starts: two devices, for tests of sharded arrays; all others use the first. And no threads to
-# compile parts of a program in: every worker has its own programs.
+# Before JAX starts: two devices, for tests of sharded arrays; all others use the first. No threads to
+# compile parts of a program in, as every worker has its own programs. And no time spent to make them fast, as
+# they are run a few times; where there are two ways to fuse, one takes half of the time.
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_cpu_parallel_codegen_split_count=1"
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=2 --xla_cpu_parallel_codegen_split_count=1"
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_use_fusion_emitters=false"
+    * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
 # What one test compiled, no other compiles again: workers and what they start inherit the folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -3,7 +3,6 @@
 import csv
 import importlib.metadata
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 
 import compaware_jax as ca
-from tests.compiling import FLAGS
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +27,7 @@ def run(environment):
     def run(script, *arguments):
         done = subprocess.run(
             [sys.executable, str(ROOT / "experiments" / script), *arguments],
-            env=environment(ROOT) | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {FLAGS}"},
+            env=environment(ROOT),
             capture_output=True,
             text=True,
             timeout=400,

@@ -15,7 +15,6 @@ from compaware_jax.derivatives import derivative_of
 from compaware_jax.law import distance, law_errors, random_keep
 from compaware_jax.models import autoencoder
 from compaware_jax.trace import flatten, trace
-from tests.compiling import COMPILER, compiled
 from tests.models import MODELS
 from tests.programs import random_program
 
@@ -66,9 +65,7 @@ def test_law_on_random_programs(seed, share, boundary):
     apply, variables, x = random_program(seed)
     groups = ca.find_groups(apply, variables, x, strict=True, boundary=boundary)
     keep = random_keep(groups, np.random.default_rng(seed), share)
-    assert (
-        max(law_errors(apply, variables, x, keep=keep, groups=groups, compiler_options=COMPILER)) <= TOLERANCE
-    )
+    assert max(law_errors(apply, variables, x, keep=keep, groups=groups)) <= TOLERANCE
 
 
 def small_model(model, share=0.5):
@@ -76,7 +73,7 @@ def small_model(model, share=0.5):
     groups = ca.find_groups(apply, variables, *args)
     keep = random_keep(groups, np.random.default_rng(0), share)
     plan = ca.plan_units(groups, keep)
-    masked = compiled(partial(ca.apply_mask, groups))(jnp.asarray(keep, float), variables)
+    masked = jax.jit(partial(ca.apply_mask, groups))(jnp.asarray(keep, float), variables)
     return apply, masked, ca.slim(apply, plan), ca.shrink(variables, plan), args
 
 
@@ -91,15 +88,15 @@ def test_other_batch_sizes(model):
     apply, masked, small_apply, small, args = small_model(model)
     for batch in (1, 7):
         resized = [np.resize(x, (batch, *x.shape[1:])) for x in args]
-        got, expected = compiled(small_apply)(small, *resized), compiled(apply)(masked, *resized)
+        got, expected = jax.jit(small_apply)(small, *resized), jax.jit(apply)(masked, *resized)
         assert distance(got, expected) <= TOLERANCE
 
 
 def test_vmap_over_variables(model):
     apply, masked, small_apply, small, args = small_model(model)
     twice = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), small)
-    got = compiled(jax.vmap(partial(_swapped, small_apply), in_axes=(None, 0)))(args, twice)
-    full = compiled(apply)
+    got = jax.jit(jax.vmap(partial(_swapped, small_apply), in_axes=(None, 0)))(args, twice)
+    full = jax.jit(apply)
     expected = jax.tree.map(
         lambda a, b: jnp.stack([a, b]),
         full(masked, *args),
@@ -121,7 +118,7 @@ def test_second_derivative(model, request):
         def along(t):
             return f(jax.tree.map(lambda x: x * (1 + t), variables), *args).sum()
 
-        return compiled(jax.grad(jax.grad(along)))(0.1)
+        return jax.jit(jax.grad(jax.grad(along)))(0.1)
 
     assert distance(curvature(small_apply, small), curvature(apply, masked)) <= TOLERANCE
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 import compaware_jax as ca
 from compaware_jax.law import law_errors, random_keep
-from tests.compiling import COMPILER
 from tests.networks import random_network
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -34,5 +33,5 @@ def test_units_and_law(part, number):
     if number % 3 == 0:  # One group leaves altogether.
         groups = ca.constrain(groups, may_empty="*")
         keep[groups.groups[rng.integers(len(groups.groups))].slice] = False
-    errors = law_errors(apply, variables, x, keep=keep, groups=groups, compiler_options=COMPILER)
+    errors = law_errors(apply, variables, x, keep=keep, groups=groups)
     assert max(errors) <= 1e-10

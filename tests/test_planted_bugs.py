@@ -13,7 +13,6 @@ from compaware_jax.law import law_errors, random_keep
 from compaware_jax.rules import RULES
 from compaware_jax.rules.arrays import bind
 from compaware_jax.rules.families import elementwise, reduction
-from tests.compiling import COMPILER
 from tests.networks import random_network
 from tests.programs import random_program
 
@@ -31,7 +30,7 @@ def outcomes(seeds=SEEDS):
         groups = ca.find_groups(apply, variables, x)
         keep = random_keep(groups, np.random.default_rng(seed))
         try:
-            errors = law_errors(apply, variables, x, keep=keep, groups=groups, compiler_options=COMPILER)
+            errors = law_errors(apply, variables, x, keep=keep, groups=groups)
             results.append(max(errors))
         except (TypeError, ValueError, AssertionError) as error:
             results.append(error)

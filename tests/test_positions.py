@@ -8,7 +8,6 @@ from jax import lax
 
 import compaware_jax as ca
 from compaware_jax.law import law_errors, random_keep
-from tests.compiling import COMPILER
 
 pytestmark = pytest.mark.usefixtures("x64")
 RNG = np.random.default_rng(0)
@@ -84,9 +83,7 @@ def test_law(idiom):
     if groups.units:
         keep = np.stack([random_keep(groups, RNG) for _ in range(8)])
         reverse = idiom != "in a loop"
-        errors = law_errors(
-            apply, VARIABLES, X, keep=keep, groups=groups, gradients=reverse, compiler_options=COMPILER
-        )
+        errors = law_errors(apply, VARIABLES, X, keep=keep, groups=groups, gradients=reverse)
         assert max(errors) <= 1e-10
 
 
@@ -98,7 +95,7 @@ def test_channels_may_fill_a_buffer():
     groups = ca.find_groups(apply, VARIABLES, X)
     assert [(g.units, g.axes) for g in groups.groups] == [(8, (("a", 1, 1), ("c", 0, 1), ("b", 0, 2)))]
     keep = RNG.random((3, 8)) < 0.6
-    errors = law_errors(apply, VARIABLES, X, keep=keep, groups=groups, compiler_options=COMPILER)
+    errors = law_errors(apply, VARIABLES, X, keep=keep, groups=groups)
     assert max(errors) <= 1e-10
 
 
@@ -127,4 +124,4 @@ def test_tables_of_positions(table, of_data):
     assert groups.units == (units if of_data else 8)
     if groups.units:
         keep = np.stack([random_keep(groups, RNG) for _ in range(3)])
-        assert max(law_errors(apply, *inputs, keep=keep, groups=groups, compiler_options=COMPILER)) <= 1e-10
+        assert max(law_errors(apply, *inputs, keep=keep, groups=groups)) <= 1e-10

@@ -9,7 +9,6 @@ from jax.extend.core import primitives
 
 import compaware_jax as ca
 from compaware_jax import law
-from tests.compiling import COMPILER
 
 ROWS, WIDTH, HIDDEN, LAYERS = 64, 8, 16, 6
 
@@ -79,7 +78,7 @@ def cut(apply):
 def test_law(shape, wrap):
     apply = shape(WRAPS[wrap])
     v, x, groups, keep = cut(apply)
-    errors = law.law_errors(apply, v, x, keep=keep, groups=groups, compiler_options=COMPILER)
+    errors = law.law_errors(apply, v, x, keep=keep, groups=groups)
     assert max(errors) <= 1e-10
     plan = ca.plan_units(groups, keep)
     assert ca.uncut(groups, plan), "nothing here runs at full width"

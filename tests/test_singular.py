@@ -13,6 +13,7 @@ from jax import lax
 
 import compaware_jax as ca
 from compaware_jax.law import law_errors
+from tests.functions import random_function
 
 pytestmark = pytest.mark.usefixtures("x64")
 RNG = np.random.default_rng(0)
@@ -145,20 +146,24 @@ def network(of):
     return lambda v, x: of(x @ v["a"]) @ v["b"]
 
 
-def is_finite(apply, variables, *, backward=True):
-    def loss(v):
-        return (apply(v, X) ** 2).sum()
+def is_finite(apply, *trees, backward=True):
+    """Whether what comes out of a network with each of the variables is finite, with all its derivatives."""
 
-    results = jax.value_and_grad(loss)(variables) if backward else loss(variables)
-    return all(np.isfinite(x).all() for x in jax.tree.leaves(results))
+    def loss(v):
+        return jnp.sin(apply(v, X)).sum()
+
+    run = jax.jit(jax.value_and_grad(loss) if backward else loss)
+    return [all(np.isfinite(x).all() for x in jax.tree.leaves(run(tree))) for tree in trees]
+
+
+def masked(keep):
+    return {"a": VARIABLES["a"] * keep, "b": VARIABLES["b"] * keep[:, None]}
 
 
 @pytest.mark.parametrize("name", [*SINGULAR, *SINGULAR_FORWARD])
 def test_what_is_singular_where_a_channel_is_dead_stays(name):
     apply, backward = network({**SINGULAR, **SINGULAR_FORWARD}[name]), name in SINGULAR
-    masked = {"a": VARIABLES["a"] * KEEP, "b": VARIABLES["b"] * KEEP[:, None]}
-    assert is_finite(apply, VARIABLES, backward=backward)
-    assert not is_finite(apply, masked, backward=backward)
+    assert is_finite(apply, VARIABLES, masked(KEEP), backward=backward) == [True, False]
     groups = ca.find_groups(apply, VARIABLES, X)
     assert groups.units == 0
     assert any("inexact=True releases it" in axis.reason for axis in groups.fixed)
@@ -169,3 +174,21 @@ def test_what_is_guarded_against_zero_leaves(name):
     groups = ca.find_groups(network(GUARDED[name]), VARIABLES, X, strict=True)
     assert groups.units == 6
     assert max(law_errors(network(GUARDED[name]), VARIABLES, X, keep=KEEP, groups=groups)) <= 1e-10
+
+
+def test_random_functions():
+    """What is not told is finite whatever leaves; and what is told mostly is not."""
+    keeps = np.array([[0, 1, 1, 1, 0, 1], [1, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0]], bool)
+    told = []
+    for seed in range(60):
+        apply = network(random_function(seed))
+        dense, *finite = is_finite(apply, VARIABLES, *map(masked, keeps))
+        if not dense:
+            continue
+        groups = ca.find_groups(apply, VARIABLES, X, strict=True)
+        if groups.units:
+            assert all(finite), seed
+        else:
+            told.append(not all(finite))
+    assert 10 < len(told) < 40
+    assert np.mean(told) > 0.8
