@@ -73,6 +73,7 @@ SINGULAR = {
     "the first step's derivative": lambda h: lax.scan(
         lambda h, _: (jnp.exp(-jnp.sqrt(jnp.abs(h))), None), h, length=2
     )[0],
+    "the first of some steps": lambda h: lax.fori_loop(0, 2, lambda _, h: jnp.log(jnp.abs(h)) + 1, h),
     # Zero at once, or not zero.
     "a standard deviation": lambda h: jnp.std(h, 0),
     "a root": lambda h: jnp.exp(-jnp.sqrt(jnp.abs(h))),
