@@ -17,7 +17,7 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.factors import Tracked
 from compaware_jax.placement import struct_of
-from compaware_jax.program import Block, Equation
+from compaware_jax.program import Block, Equation, is_smooth
 from compaware_jax.rules import RULES
 
 
@@ -80,7 +80,7 @@ def is_elementwise(block: Block) -> bool:
 
 def derivative_of(eqn: Equation) -> jex.ClosedJaxpr | None:
     """The derivative rule of a call as a jaxpr of primals and tangents; None without one for all of them."""
-    if not all(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in eqn.in_avals):
+    if not all(map(is_smooth, eqn.in_avals)):
         return None
     avals = [struct_of(aval, aval.dtype) for aval in eqn.in_avals]
     try:
@@ -97,11 +97,8 @@ def backward_of(eqn: Equation) -> jex.ClosedJaxpr | None:
     avals = [struct_of(aval, aval.dtype) for aval in eqn.in_avals]
     results = [struct_of(aval, aval.dtype) for aval in eqn.out_avals]
     # What the function closed over comes first; it has no derivative, and to ask for it is an error.
-    asked = [
-        n >= eqn.params.get("num_consts", 0) and jnp.issubdtype(aval.dtype, jnp.inexact)
-        for n, aval in enumerate(avals)
-    ]
-    smooth = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in results]
+    asked = [n >= eqn.params.get("num_consts", 0) and is_smooth(aval) for n, aval in enumerate(avals)]
+    smooth = list(map(is_smooth, results))
 
     def backward(operands: Sequence[Any], cotangents: Sequence[Any]) -> Any:
         def call(*values: Any) -> list[Any]:

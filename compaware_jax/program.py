@@ -153,7 +153,7 @@ class Program:
 
     @cached_property
     def _differentiated(self) -> set[int]:
-        reached = {v for v in self.block.outputs if _is_smooth(self.avals[v])}
+        reached = {v for v in self.block.outputs if is_smooth(self.avals[v])}
         _add_differentiated(self.block, reached)
         return reached
 
@@ -199,14 +199,15 @@ def _add_differentiated(block: Block, reached: set[int]) -> None:
     for eqn in reversed(block.equations):
         if eqn.primitive in _FLAT or reached.isdisjoint(eqn.outputs):
             continue
-        if any(map(_is_smooth, eqn.out_avals)):
+        if any(map(is_smooth, eqn.out_avals)):
             reached.update(eqn.inputs)
             for body in eqn.bodies:
                 reached.update(body.outputs)
                 _add_differentiated(body, reached)
 
 
-def _is_smooth(aval: Any) -> bool:
+def is_smooth(aval: Any) -> bool:
+    """Whether a value can have a derivative: its numbers are no integers or flags."""
     return jnp.issubdtype(aval.dtype, jnp.inexact)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as p
 
@@ -24,7 +23,7 @@ from compaware_jax.derivatives import (
 )
 from compaware_jax.errors import UnknownPrimitiveError
 from compaware_jax.factors import USUAL, Cuts, Factor, Ledger, LooseEnd, Loosened, Solution, Tracked, combine
-from compaware_jax.program import Block, Equation, Program
+from compaware_jax.program import Block, Equation, Program, is_smooth
 from compaware_jax.rules import REGIONS, RULES
 from compaware_jax.rules.families import fixed_elsewhere, zero_or_unknown
 from compaware_jax.trace import flatten
@@ -314,7 +313,7 @@ def _read_backward(eqn: Equation, values: Sequence[Tracked], atoms: int, cuts: C
     cotangents = [
         Tracked(x.shape, tuple(replace(f, dead=UNKNOWN) for f in x.factors))
         for x, aval in zip(outputs, eqn.out_avals, strict=True)
-        if jnp.issubdtype(aval.dtype, jnp.inexact)
+        if is_smooth(aval)
     ]
     read, _ = _seeded(flatten(closed, leaves=()), [*inputs, *cotangents], atoms, cuts, nested=True)
     return _DerivativeRule(zero=False, singular=read.ledger.singular(atoms))
