@@ -103,6 +103,17 @@ class _Room:
         return self._bytes[:size].view(dtype).reshape(shape)
 
 
+def _fresh(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Memory of its own, at an address that JAX on the CPU takes over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+_ALIGNMENT = 64  # Bytes, of XLA's buffers on the CPU.
+
+
 def _taken(array: Any, kept: Sequence[np.ndarray | None], room: _Room) -> Any:
     if all(index is None for index in kept):
         return array
@@ -115,7 +126,7 @@ def _taken(array: Any, kept: Sequence[np.ndarray | None], room: _Room) -> Any:
         if isinstance(small, np.ndarray):
             shape = (*small.shape[:axis], len(index), *small.shape[axis + 1 :])
             first = number == 0 and len(along) > 1
-            out = room.array(shape, small.dtype) if first else np.empty(shape, small.dtype)
+            out = room.array(shape, small.dtype) if first else _fresh(shape, small.dtype)
             # What is kept lies inside; clipping lets numpy write without a buffer of its own.
             small = np.take(small, index, axis, out=out, mode="clip")
         else:

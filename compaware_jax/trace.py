@@ -23,6 +23,7 @@ from jax.core import Tracer
 from jax.extend.core import primitives as p
 
 from compaware_jax.errors import TraceError, gist
+from compaware_jax.folding import evaluate
 from compaware_jax.paths import named_leaves, path_name
 from compaware_jax.placement import explicit, struct_of
 from compaware_jax.program import Block, Checkpoint, Equation, Program
@@ -285,12 +286,10 @@ class _Flattener:
             size = int(np.prod(aval.shape))
             if size > (1 if jnp.issubdtype(aval.dtype, jnp.inexact) else _FOLDED_SIZE):
                 return False
-        with jax.ensure_compile_time_eval():
-            results = eqn.run(*inputs)
-        if any(isinstance(x, Tracer) for x in results):
-            return False  # As a part of shard_map, nothing is evaluated here and now.
-        self.constants.update(zip(eqn.outputs, map(np.asarray, results), strict=True))
-        return True
+        results = evaluate(eqn, inputs)
+        if results is not None:
+            self.constants.update(zip(eqn.outputs, results, strict=True))
+        return results is not None
 
 
 def _checkpoint(eqn: jex.JaxprEqn) -> tuple[Checkpoint, ...]:

@@ -16,6 +16,7 @@ from jax.extend.core import primitives as p
 
 from compaware_jax.dead import UNKNOWN, Dead
 from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
+from compaware_jax.folding import look_up
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, take
 from compaware_jax.rules.families import fixed_elsewhere, freed, known_start, passed
@@ -120,15 +121,7 @@ def _follow(
         if axis not in factor.axes:
             operand[axis] = sizes[axis] = 1
     ids = factor.ids.reshape([n if a in factor.axes else 1 for a, n in enumerate(operand)])
-    with jax.ensure_compile_time_eval():
-        taken = lax.gather(
-            jnp.asarray(np.broadcast_to(ids, operand)),
-            jnp.asarray(known),
-            eqn.params["dimension_numbers"],
-            tuple(sizes),
-            mode="clip",
-        )
-    taken = np.asarray(taken).astype(int)
+    taken = look_up(np.broadcast_to(ids, operand), known, eqn.params["dimension_numbers"], sizes)
     if not taken.ndim:
         ledger.fix(taken, f"a single one of them is selected by {eqn.where}")
         return []
