@@ -227,7 +227,8 @@ def html_report(
     body = "\n".join(parts)
     path.write_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
-        f"</title><style>{_CSS}</style></head><body>{body}</body></html>\n"
+        f"</title><style>{_CSS}</style></head><body>{body}</body></html>\n",
+        encoding="utf-8",
     )
 
 

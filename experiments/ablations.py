@@ -112,7 +112,7 @@ def main(config: Config) -> None:
     rows = [[v, *(figure for b in config.budgets for figure in figures(reached, v, b))] for v in VARIANTS]
     header = ["PSNR (dB)", *(text for b in config.budgets for text in (f"{100 * b:g} %", "lost"))]
     table = markdown_table(header, rows)
-    (study.folder / "ablations.md").write_text(table + "\n")
+    (study.folder / "ablations.md").write_text(table + "\n", encoding="utf-8")
     print(table)
 
 

@@ -129,7 +129,7 @@ def main(config: Config) -> None:
     rows = [[n, *(interval(study.reached(("importance", n, *at))) for at in columns)] for n in IMPORTANCES]
     header = ["PSNR (dB)", *(f"{100 * b:g} %, {widths} widths" for widths, b in columns)]
     table = markdown_table(header, rows)
-    (study.folder / "importances.md").write_text(table + "\n")
+    (study.folder / "importances.md").write_text(table + "\n", encoding="utf-8")
     print(table)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -185,12 +186,28 @@ def uniform_widths(groups: ca.Groups, budget: float) -> np.ndarray:
 
 
 def latencies(
-    models: Mapping[str, tuple[Callable[..., Any], Any]], image: jax.Array, *, rounds: int = 40
+    models: Mapping[str, tuple[Callable[..., Any], Any]],
+    image: jax.Array,
+    *,
+    rounds: int = 40,
+    seconds: float = 6.0,
 ) -> dict[str, float]:
-    """Median time of one forward pass in ms; models take turns, so that drift hits all alike."""
+    """Median time of one forward pass in ms; models take turns, so that drift hits all alike.
+
+    Args:
+      models: function and variables by name.
+      image: what they are called with.
+      rounds: every model is timed at most so often, after three calls that are not timed.
+      seconds: no round begins after these, but for the first five.
+    """
     compiled = {name: (jax.jit(apply), v) for name, (apply, v) in models.items()}
     times: dict[str, list[float]] = {name: [] for name in compiled}
+    end = math.inf
     for number in range(rounds + 3):
+        if number == 3:
+            end = time.perf_counter() + seconds
+        if number >= 8 and time.perf_counter() > end:
+            break
         for name, (apply, variables) in compiled.items():
             start = time.perf_counter()
             jax.block_until_ready(apply(variables, image))

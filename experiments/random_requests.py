@@ -115,7 +115,7 @@ def main(args: Args) -> None:
     header = ["budget", "criterion", "ours", "said", "best rival", ""]
     kept = sum(row[3] == "kept" for row in rows)
     table = f"{markdown_table(header, rows)}\n\n{kept} of {args.number} requests kept, {broken} broken."
-    (study.folder / "requests.md").write_text(table + "\n")
+    (study.folder / "requests.md").write_text(table + "\n", encoding="utf-8")
     print(table)
 
 

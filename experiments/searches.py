@@ -61,7 +61,7 @@ def main(args: Args) -> None:
                     [f"{budget:.0%}", str(seed.seed), name, kept, f"{found['seconds']:.0f}", f"{best:.2f}"]
                 )
     table = markdown_table(["budget", "seed", "search", "kept", "seconds", "PSNR (dB)"], rows)
-    (study.folder / "searches.md").write_text(table + "\n")
+    (study.folder / "searches.md").write_text(table + "\n", encoding="utf-8")
     print(table)
 
 

@@ -89,7 +89,7 @@ def main(args: Args) -> None:
     ]
     header = [f"PSNR ≥ {args.threshold:g} dB", "smallest budget", "parameters", "ours over it"]
     table = markdown_table(header, rows)
-    (study.folder / "smallest.md").write_text(table + "\n")
+    (study.folder / "smallest.md").write_text(table + "\n", encoding="utf-8")
     print(table)
 
 

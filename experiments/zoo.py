@@ -209,7 +209,7 @@ def main(args: Args) -> None:
         rows.append(measure(entry, args.plans, args.strict))
         print(table(rows[-1:]), f"({time.perf_counter() - start:.0f} s)", flush=True)
         (args.output / "zoo.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    (args.output / "zoo.md").write_text(markdown(rows) + "\n")
+    (args.output / "zoo.md").write_text(markdown(rows) + "\n", encoding="utf-8")
     print(table(rows))
     wrong = [row.name for row in rows if row.law is not None and row.law > BOUND]
     short = [row.name for row in rows if row.units < row.units_by_hand]
