@@ -46,19 +46,18 @@ class Analysis:
 
     @cached_property
     def freedom(self) -> tuple[int, int]:
-        """How many elements of the leaves may leave, and in how many classes of their indices.
+        """How many elements the indices hold that may leave, and in how many classes.
 
-        An axis that can only leave as a whole counts as one that stays: none is emptied unless that is
-        allowed.
+        An element under two axes counts twice: a kernel that loses inputs may lose outputs as well. An axis
+        that can only leave as a whole counts as one that stays: none is emptied unless that is allowed.
         """
         elements, classes = 0, [np.zeros(0, int)]
         for value in self.program.leaf_values:
             along = [labels for labels in self.labels(value) if labels is not None]
             size = math.prod(self.program.avals[value].shape)
-            staying = math.prod(
-                float(np.mean(labels < 0)) if (labels != labels[0]).any() else 1.0 for labels in along
-            )
-            elements += round(size * (1 - staying))
+            for labels in along:
+                if (labels != labels[0]).any():
+                    elements += size // len(labels) * int((labels >= 0).sum())
             classes += [labels[labels >= 0] for labels in along]
         return elements, len(np.unique(np.concatenate(classes)))
 
