@@ -25,6 +25,7 @@ from compaware_jax.groups import Groups, Limits
 from compaware_jax.importance import Evidence, fisher, no_evidence, observe, ranks
 from compaware_jax.loop import run_once
 from compaware_jax.masks import apply_mask
+from compaware_jax.objective import ascent
 
 EVIDENCE_STEPS = 100
 CALIBRATION_STEPS = 200
@@ -130,7 +131,7 @@ def _calibrated(problem: Problem, gates: jax.Array, variables: Any, steps: int, 
     def step(state: Any, index: jax.Array) -> tuple[Any, jax.Array]:
         trained, moments = state
         before, gradients = jax.value_and_grad(value)(trained, index)
-        updates, moments = rule.update(gradients, moments, trained)
+        updates, moments = rule.update(ascent(gradients), moments, trained)
         return (jax.tree.map(jnp.add, trained, updates), moments), before
 
     def run(start: list[jax.Array]) -> list[jax.Array]:

@@ -217,8 +217,8 @@ def _check_number(value: Any, name: str, kind: type[CompawareError]) -> None:
         raise kind(f"{name} {got}, expected a scalar: one number, such as a mean over the batch.")
 
 
-def checked_loss(apply: Any, variables: Any, loss: Loss, batches: Batches, caller: str) -> float:
-    """The loss on the first batch.
+def check_loss(apply: Any, variables: Any, loss: Loss, batches: Batches, caller: str) -> None:
+    """Refuse a loss that is not finite from the start, on the first batch.
 
     Raises:
       TraceError: it is not finite, or its updates do not fit the variables.
@@ -236,15 +236,48 @@ def checked_loss(apply: Any, variables: Any, loss: Loss, batches: Batches, calle
             f"{caller}: the loss on batches(0) is {value}, expected a finite number. "
             "Look for values in the data that are not finite, or for a loss without a mean."
         )
-    return float(value)
 
 
-def marks(batches: Batches, loss: float) -> dict[str, Any]:
+def check_metrics(
+    apply: Any, variables: Any, batches: Batches, criteria: Sequence[Criterion], caller: str
+) -> None:
+    """Refuse to train by metrics that are not a number from the start.
+
+    Raises:
+      CriterionError: says which.
+    """
+    trained = trainable(criteria)
+    if not trained:
+        return
+    batch = batches(jnp.int32(0))
+    values = jax.jit(lambda v: [c.metric(apply, v, batch) for c in trained])(variables)
+    wrong = [c.name for c, value in zip(trained, values, strict=True) if bool(jnp.isnan(value))]
+    if wrong:
+        raise CriterionError(
+            f"{caller}: the metrics of {wrong} are not a number on batches(0), expected numbers to train by. "
+            "Look for a root or a logarithm of what may be negative, or for 0/0."
+        )
+
+
+def marks(
+    apply: Any, variables: Any, loss: Loss, batches: Batches, criteria: Sequence[Criterion]
+) -> dict[str, Any]:
     """What tells a training from others of the same variables, as JSON values.
 
-    Args:
-      batches: ``step -> batch``.
-      loss: on the first of them.
+    Losses and metrics may agree at the start, as those do that compare with the dense model; so they are
+    asked nearby as well.
     """
+    first = batches(jnp.int32(0))
+
+    def nearby(x: jax.Array) -> jax.Array:
+        return x * (1 + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)).astype(x.dtype)
+
+    @jax.jit
+    def values(variables: Any) -> list[Any]:
+        both = variables, jax.tree.map(nearby, variables)
+        losses = [value_and_updates(loss, apply, v, first)[0] for v in both]
+        return [*losses, *(c.metric(apply, v, first) for c in trainable(criteria) for v in both)]
+
     # Machines differ in the last digits.
-    return {"data": digest([batches(jnp.int32(step)) for step in (0, 1)]), "loss": f"{loss:.3g}"}
+    told = [f"{float(value):.3g}" for value in values(variables)]
+    return {"data": digest([first, batches(jnp.int32(1))]), "loss": told[:2], "metrics": told[2:]}

@@ -145,9 +145,9 @@ def compress(
     fine_tune = whole_number(fine_tune, "compress: fine_tune")
     learning_rate = checked_rate(learning_rate, "compress: learning_rate")
     problem = problem_of(apply, loss, batches, groups, budget, criteria, score)
-    checked = check_request(problem, variables, held_out, allow_failing=allow_failing, caller="compress")
+    before = check_request(problem, variables, held_out, allow_failing=allow_failing, caller="compress")
     folder = None if directory is None else folder_of(directory, "compress")
-    job = folder and describe_search(problem, variables, budget, search, key, checked)
+    job = folder and describe_search(problem, variables, budget, search, key, before)
     found = run_search(
         problem,
         variables,
@@ -180,8 +180,7 @@ def compress(
         found=found,
         uncut=ran,
         verdicts=tuple(
-            Verdict(str(c), checked.before[c.name], after[c.name], c.keeps(after[c.name]))
-            for c in problem.criteria
+            Verdict(str(c), before[c.name], after[c.name], c.keeps(after[c.name])) for c in problem.criteria
         ),
         costs=costs_left(groups, found.plan, flops),
         history={"search": found.history, "fine-tune": tune_history},

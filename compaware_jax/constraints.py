@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from compaware_jax.errors import BudgetError
-from compaware_jax.groups import Group, Groups, Limits, parameters_held
+from compaware_jax.groups import Group, Groups, Limits, check_groups, parameters_held
 
 Amount = int | float | np.number | jax.Array
 """A number of units (integers), or a share of a group (floats), be it of Python, numpy or JAX."""
@@ -67,6 +67,7 @@ def constrain(
       >>> ca.constrain(groups, floor={"a": 0.2}, multiple_of=8).floors
       array([16])
     """
+    check_groups(groups)
     if groups.limits is not None and (together or apart):
         raise BudgetError(
             "constrain: these groups are under demands already, which would not fit groups tied together or "

@@ -208,6 +208,18 @@ class Budget:
         return limit
 
 
+def check_budget(budget: Any) -> None:
+    """Refuse what is no budget.
+
+    Raises:
+      BudgetError: says what to pass instead.
+    """
+    if not isinstance(budget, Budget):
+        raise BudgetError(
+            f"the budget is {budget!r}, expected a Budget: params({budget!r}), nbytes(...) or flops(...)."
+        )
+
+
 def _budget(cost: str, fraction: Any) -> Budget:
     given = np.asarray(fraction)
     if given.ndim or given.dtype.kind not in "iuf":

@@ -46,8 +46,12 @@ class Criterion:
             )
 
     def keeps(self, value: float) -> bool:
-        """Whether a measured value keeps the criterion; one that is not a number does not."""
-        return value >= self.threshold if self.above else value <= self.threshold
+        """Whether a measured value keeps the criterion; one that is not a number does not.
+
+        The threshold is taken in the precision of the metric: 0.1 is not above 0.1.
+        """
+        measured, threshold = np.asarray([value, self.threshold], jnp.result_type(float))
+        return bool(measured >= threshold if self.above else measured <= threshold)
 
     def excess(self, value: Array) -> Array:
         """How far a value is on the wrong side of the threshold, in the metric's unit; else negative."""

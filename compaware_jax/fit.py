@@ -13,9 +13,10 @@ import optax
 from compaware_jax.checks import (
     check_batches,
     check_functions,
+    check_loss,
+    check_metrics,
     check_objective,
     check_trainable,
-    checked_loss,
     checked_rate,
     marks,
     not_finite,
@@ -27,6 +28,7 @@ from compaware_jax.objective import (
     Batches,
     Loss,
     Pressure,
+    ascent,
     constrained,
     followed,
     no_pressure,
@@ -74,7 +76,7 @@ def fit_step(
             return objective(apply, variables, batches(index), state.pressure)
 
         (total, (pressure, news)), gradients = jax.value_and_grad(value, has_aux=True)(state.variables)
-        changes, optimizer_state = optimizer.update(gradients, state.optimizer, state.variables)
+        changes, optimizer_state = optimizer.update(ascent(gradients), state.optimizer, state.variables)
         variables = updated(optax.apply_updates(state.variables, changes), news)
         return FitState(variables, optimizer_state, pressure), {"loss": total, **followed(criteria, pressure)}
 
@@ -126,8 +128,10 @@ def fit(
     check_trainable(variables, label)
     check_batches(batches, label)
     check_objective(apply, variables, loss, batches, criteria, label)
+    check_metrics(apply, variables, batches, criteria, label)
     if directory is not None and job is None:
-        job = marks(batches, checked_loss(apply, variables, loss, batches, label))
+        check_loss(apply, variables, loss, batches, label)
+        job = marks(apply, variables, loss, batches, criteria)
     return tuned(
         apply,
         variables,

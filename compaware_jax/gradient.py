@@ -17,7 +17,7 @@ from compaware_jax.errors import RequestError
 from compaware_jax.importance import ranks
 from compaware_jax.loop import whole_number
 from compaware_jax.masks import apply_mask
-from compaware_jax.objective import Pressure, constrained, followed, no_pressure, updated
+from compaware_jax.objective import Pressure, ascent, constrained, followed, no_pressure, updated
 
 
 class GradientState(NamedTuple):
@@ -141,7 +141,7 @@ class GradientSearch:
             change: Any
             change, share_optimizer = share_rule.update(tangent, state.share_optimizer, state.log_share)
             log_share = on_budget(cost, state.log_share + change, budget) - top
-            updates, optimizer = weights_rule.update(by_weight, state.optimizer, state.variables)
+            updates, optimizer = weights_rule.update(ascent(by_weight), state.optimizer, state.variables)
             new = GradientState(
                 variables=updated(optax.apply_updates(state.variables, updates), news, seen),
                 log_share=log_share,

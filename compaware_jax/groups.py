@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from compaware_jax.analysis import Analysis
+from compaware_jax.errors import RequestError
 from compaware_jax.paths import named_leaves
 from compaware_jax.tables import text_table
 
@@ -259,6 +260,16 @@ class Groups:
             for kind, axes in kinds.items()
         ]
         return ("axes that stay whole", "because", "first of them", "in full"), counted
+
+
+def check_groups(groups: Any) -> None:
+    """Refuse what is not groups.
+
+    Raises:
+      RequestError: says what to pass instead.
+    """
+    if not isinstance(groups, Groups):
+        raise RequestError(f"groups is {type(groups).__name__}, expected what find_groups returns.")
 
 
 def _range(group: Group, least: int, most: int, step: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -12,11 +13,10 @@ from compaware_jax.coefficients import Problem, SearchMethod
 from compaware_jax.groups import Groups
 from compaware_jax.importance import ranks
 from compaware_jax.loop import digest
-from compaware_jax.request import Checked
 
 
 def describe_request(
-    problem: Problem, variables: Any, method: SearchMethod, checked: Checked
+    problem: Problem, variables: Any, method: SearchMethod, before: Mapping[str, float]
 ) -> dict[str, Any]:
     """What identifies a request, as JSON values: a checkpoint of another one is refused.
 
@@ -24,15 +24,15 @@ def describe_request(
       problem: what is asked.
       variables: the dense model's.
       method: how coefficients are found.
-      checked: what the dense model has.
+      before: the dense model's value per criterion.
     """
     settings = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
     return {
         "model": problem.groups.fingerprint,
         "groups": _mark(problem.groups),
         "variables": digest(variables),
-        **marks(problem.batches, checked.loss),
-        "before": {name: f"{value:.3g}" for name, value in checked.before.items()},
+        **marks(problem.apply, variables, problem.loss, problem.batches, problem.criteria),
+        "before": {name: f"{value:.3g}" for name, value in before.items()},
         "criteria": [[c.name, c.threshold, c.above, c.trainable] for c in problem.criteria],
         "search": [
             type(method).__name__,

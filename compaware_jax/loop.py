@@ -219,7 +219,7 @@ class _Store:
             raise CheckpointError(
                 f"run_steps: {self.directory} holds a checkpoint of another job; (found, expected) "
                 f"differ in {differ}. Nothing was changed. Choose another directory, or delete this one "
-                "to start anew."
+                "to start anew; what lies beside it stays as it is."
             )
         kept = {"state": state, "history": history}
         found = self.read(done, run=ocp.args.StandardRestore(_storable(kept))).run

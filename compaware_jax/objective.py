@@ -137,6 +137,14 @@ def value_and_updates(loss: Loss, apply: Apply, variables: Any, batch: Any) -> t
     return found
 
 
+def ascent(gradients: Any) -> Any:
+    """Gradients of a real number as directions in which it rises, which is what optimizers take.
+
+    By a complex variable JAX's gradient is the conjugate of that.
+    """
+    return jax.tree.map(jnp.conj, gradients)
+
+
 def updated(variables: Any, updates: Any, seen: Any = None) -> Any:
     """The variables with the updates that a loss returned.
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from compaware_jax.errors import PlanError
 from compaware_jax.factors import USUAL, Cuts
-from compaware_jax.groups import Groups, Leaf, fingerprint
+from compaware_jax.groups import Groups, Leaf, check_groups, fingerprint
 
 Indices = tuple[int, ...]
 
@@ -161,6 +161,7 @@ def plan_units(groups: Groups, keep: Any) -> Plan:
       PlanError: `keep` has another shape, holds soft values, or leaves nothing of a group or of a guarded
         set.
     """
+    check_groups(groups)
     given = np.asarray(keep)
     keep = given.astype(bool)
     if (given != keep).any():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,42 +12,29 @@ import numpy as np
 from compaware_jax.checks import (
     check_batches,
     check_functions,
+    check_loss,
+    check_metrics,
     check_objective,
     check_trainable,
-    checked_loss,
     not_finite,
 )
 from compaware_jax.coefficients import Problem, SearchMethod
-from compaware_jax.cost import Budget
 from compaware_jax.criteria import Criterion, check_dense, measure
 from compaware_jax.errors import (
-    BudgetError,
     CriterionError,
     PlanError,
     RequestError,
     gist,
 )
 from compaware_jax.gradient import GradientSearch
-from compaware_jax.groups import Groups, fingerprint, leaves_of
+from compaware_jax.groups import Groups, check_groups, fingerprint, leaves_of
 from compaware_jax.importance import l2
 from compaware_jax.rehearsal import rehearse
 
 
-class Checked(NamedTuple):
-    """What the checks found out.
-
-    Attributes:
-      loss: of the dense model on the first batch.
-      before: the dense model's value per criterion.
-    """
-
-    loss: float
-    before: dict[str, float]
-
-
 def check_request(
     problem: Problem, variables: Any, held_out: Any, *, allow_failing: bool, caller: str
-) -> Checked:
+) -> dict[str, float]:
     """Refuse what cannot work, before any work is done.
 
     Args:
@@ -58,11 +45,12 @@ def check_request(
       caller: the function that asks, for messages.
 
     Returns:
-      What the dense model has.
+      The dense model's value per criterion.
 
     Raises:
       RequestError, PlanError, TraceError: as `check_problem`.
-      CriterionError: criteria without held_out, with equal names, or failed by the dense model.
+      CriterionError: criteria without held_out, with equal names, or failed by the dense model; or that are
+        not a number of it.
     """
     if problem.criteria and held_out is None:
         raise CriterionError(
@@ -73,16 +61,21 @@ def check_request(
             f"{caller}: held_out is a function, {_name(held_out)}, expected the batch that criteria are "
             "measured on: call it."
         )
-    loss = check_problem(problem, variables, caller, held_out)
+    check_problem(problem, variables, caller, held_out)
     if not problem.criteria:
-        return Checked(loss, {})
+        return {}
     before = measure(problem.criteria, problem.apply, variables, held_out)
+    if wrong := [name for name, value in before.items() if np.isnan(value)]:
+        raise CriterionError(
+            f"{caller}: the metrics of {wrong} are not a number on held_out, of the dense model. Expected "
+            "numbers: look for a mean over nothing, or a root or logarithm of what may be negative."
+        )
     if not allow_failing:
         check_dense(problem.criteria, before, caller)
-    return Checked(loss, before)
+    return before
 
 
-def check_problem(problem: Problem, variables: Any, caller: str, held_out: Any = None) -> float:
+def check_problem(problem: Problem, variables: Any, caller: str, held_out: Any = None) -> None:
     """Refuse what no search can work on.
 
     Args:
@@ -90,9 +83,6 @@ def check_problem(problem: Problem, variables: Any, caller: str, held_out: Any =
       variables: the dense model's.
       caller: the function that asks, for messages.
       held_out: the batch on which criteria are measured; None where nothing is measured.
-
-    Returns:
-      The loss of the dense model on the first batch.
 
     Raises:
       PlanError: nothing can leave, or the variables are not those of the groups; or the
@@ -110,10 +100,10 @@ def check_problem(problem: Problem, variables: Any, caller: str, held_out: Any =
     _check_variables(variables, problem.groups, caller)
     check_batches(problem.batches, caller)
     check_objective(problem.apply, variables, problem.loss, problem.batches, problem.criteria, caller)
-    loss = checked_loss(problem.apply, variables, problem.loss, problem.batches, caller)
+    check_loss(problem.apply, variables, problem.loss, problem.batches, caller)
+    check_metrics(problem.apply, variables, problem.batches, problem.criteria, caller)
     _check_score(problem, variables, caller)
     rehearse(problem, variables, held_out, caller)
-    return loss
 
 
 def check_asked(apply: Any, loss: Any, batches: Any, groups: Any, score: Any) -> None:
@@ -123,22 +113,9 @@ def check_asked(apply: Any, loss: Any, batches: Any, groups: Any, score: Any) ->
       RequestError: says what to pass instead.
     """
     check_functions(apply, loss, batches)
-    if not isinstance(groups, Groups):
-        raise RequestError(f"groups is {type(groups).__name__}, expected what find_groups returns.")
+    check_groups(groups)
     if not callable(score):
         raise RequestError(f"score={score!r}, expected a function (groups, variables) -> scores, such as l2.")
-
-
-def check_budget(budget: Any) -> None:
-    """Refuse what is no budget.
-
-    Raises:
-      BudgetError: says what to pass instead.
-    """
-    if not isinstance(budget, Budget):
-        raise BudgetError(
-            f"the budget is {budget!r}, expected a Budget: params({budget!r}), nbytes(...) or flops(...)."
-        )
 
 
 def checked_criteria(criteria: Any) -> tuple[Criterion, ...]:

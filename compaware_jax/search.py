@@ -12,7 +12,7 @@ import numpy as np
 
 from compaware_jax.boundary import trim
 from compaware_jax.coefficients import Problem, Score, SearchMethod
-from compaware_jax.cost import COSTS, Budget
+from compaware_jax.cost import COSTS, Budget, check_budget
 from compaware_jax.criteria import Apply, Criterion
 from compaware_jax.fit import check_finite, stops
 from compaware_jax.groups import Groups
@@ -22,9 +22,7 @@ from compaware_jax.loop import run_steps
 from compaware_jax.objective import Batches, Loss
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.request import (
-    Checked,
     check_asked,
-    check_budget,
     check_problem,
     checked_criteria,
     checked_key,
@@ -103,12 +101,8 @@ def find_plan(
       CheckpointError: the directory holds a checkpoint that is corrupt or of another job.
     """
     problem = problem_of(apply, loss, batches, groups, budget, criteria, score)
-    first = check_problem(problem, variables, "find_plan")
-    job = (
-        None
-        if directory is None
-        else describe_search(problem, variables, budget, search, key, Checked(first, {}))
-    )
+    check_problem(problem, variables, "find_plan")
+    job = None if directory is None else describe_search(problem, variables, budget, search, key, {})
     return run_search(
         problem, variables, budget, search=search, key=key, directory=directory, job=job, progress=progress
     )
@@ -138,12 +132,17 @@ def problem_of(
 
 
 def describe_search(
-    problem: Problem, variables: Any, budget: Budget, search: Any, key: Any, checked: Checked
+    problem: Problem,
+    variables: Any,
+    budget: Budget,
+    search: Any,
+    key: Any,
+    before: Mapping[str, float],
 ) -> dict[str, Any]:
     """What identifies a search, as JSON values; see `describe_request`."""
     method, key = checked_search(search), checked_key(key)
     return {
-        **describe_request(problem, variables, method, checked),
+        **describe_request(problem, variables, method, before),
         "budget": [budget.cost, budget.fraction],
         "key": np.asarray(jax.random.key_data(key)).tolist(),
     }

@@ -11,9 +11,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Num
 
-from compaware_jax.cost import COSTS, Budget, Cost
+from compaware_jax.cost import COSTS, Budget, Cost, check_budget
 from compaware_jax.errors import BudgetError, PlanError
-from compaware_jax.groups import Groups
+from compaware_jax.groups import Groups, check_groups
 from compaware_jax.importance import ranks
 from compaware_jax.plan import Plan, plan_units
 
@@ -252,6 +252,8 @@ def global_counts(
 ) -> Int[np.ndarray, " groups"]:
     """Counts of the best units of all groups together, as many as fit.
 
+    Where the next one does not fit any more, those after it may.
+
     Args:
       groups: what can leave.
       cost: what is limited.
@@ -272,7 +274,20 @@ def global_counts(
         return np.maximum(_whole_steps(cost, counts), cost.least)
 
     number = bisect.bisect_right(range(groups.units + 1), limit, key=lambda n: cost.exact(of(n))) - 1
-    return of(number)
+    counts = of(number)
+    falling = [np.sort(np.asarray(scores, float)[group.slice])[::-1] for group in groups.groups]
+    growing = [g for g in range(len(counts)) if counts[g] < cost.most[g]]
+    while growing:
+        g = max(growing, key=lambda g: falling[g][counts[g]])
+        more = counts.copy()
+        more[g] = min(counts[g] + cost.step[g], cost.units[g])
+        if more[g] > cost.most[g] or cost.exact(more) > limit:
+            growing.remove(g)  # Nor does it fit once others have grown.
+            continue
+        counts = more
+        if counts[g] == cost.most[g]:
+            growing.remove(g)
+    return counts
 
 
 def one_shot(
@@ -306,6 +321,8 @@ def one_shot(
       >>> ca.shrink(variables, plan)["a"].shape
       (3, 4)
     """
+    check_groups(groups)
+    check_budget(budget)
     values = np.asarray(scores, float)
     if values.shape != (groups.units,) or np.isnan(values).any():
         got = "not a number" if values.shape == (groups.units,) else f"of shape {values.shape}"

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from compaware_jax.compress import Result, compress
 from compaware_jax.cost import COSTS, Budget
 from compaware_jax.criteria import Apply, Criterion, Verdict
 from compaware_jax.errors import BudgetError, CriterionError, RequestError
-from compaware_jax.groups import Groups
+from compaware_jax.groups import Groups, check_groups
 from compaware_jax.loop import folder_of
 from compaware_jax.objective import Batches, Loss
 from compaware_jax.tables import text_table
@@ -23,6 +25,10 @@ class Attempt(NamedTuple):
     budget: float
     kept: bool
     verdicts: tuple[Verdict, ...]
+
+
+def _is_share(number: Any) -> bool:
+    return isinstance(number, (int, float, np.number)) and bool(0 < number < 1)
 
 
 @dataclass(frozen=True)
@@ -99,11 +105,12 @@ def smallest(
             "smallest: got a budget, which is what it looks for. Leave it out, or call compress; start= is "
             "the first one tried."
         )
-    if cost not in COSTS or not 0 < start < 1 or not 0 < tolerance < 1:
+    if cost not in COSTS or not (_is_share(start) and _is_share(tolerance)):
         raise BudgetError(
-            f"smallest: cost={cost!r}, start={start}, tolerance={tolerance}; expected one of "
+            f"smallest: cost={cost!r}, start={start!r}, tolerance={tolerance!r}; expected one of "
             f"{sorted(COSTS)}, and two numbers in (0, 1)."
         )
+    check_groups(groups)
     whole = COSTS[cost](groups)
     if not whole.total:
         raise BudgetError(f"smallest: the model has no {whole.name}, expected a cost that pruning lowers.")

@@ -169,7 +169,12 @@ def _put_back(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> li
     return _sent_back(full, arrays)
 
 
-def _map_plan(tree: Any, plan: Plan, change: Callable, *, full: bool, caller: str) -> Any:
+def _map_plan(tree: Any, plan: Any, change: Callable, *, full: bool, caller: str) -> Any:
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"{caller}: the plan is {type(plan).__name__}, expected a Plan: {caller}(tree, plan), such as "
+            "that of plan_units or result.plan."
+        )
     templates = _templates(plan, full)
     found: dict[int, list[int]] = {}
 

@@ -15,7 +15,7 @@ import numpy as np
 from compaware_jax.boundary import trim
 from compaware_jax.checks import checked_rate, not_finite
 from compaware_jax.coefficients import Problem, Score, Search, SearchMethod
-from compaware_jax.cost import COSTS, Budget
+from compaware_jax.cost import COSTS, Budget, check_budget
 from compaware_jax.criteria import Apply, Criterion, Verdict
 from compaware_jax.errors import BudgetError
 from compaware_jax.fit import FitState, adam_cosine, fit_step
@@ -28,7 +28,6 @@ from compaware_jax.objective import Batches, Loss
 from compaware_jax.plan import Plan, plan_units
 from compaware_jax.request import (
     check_asked,
-    check_budget,
     check_request,
     checked_criteria,
     checked_key,
@@ -254,8 +253,8 @@ def sweep(
     cost = COSTS[kinds.pop()](groups)
     method, key = checked_search(search), checked_key(key)
     problem = Problem(apply, loss, batches, groups, cost, checked_criteria(criteria), score)
-    checked = check_request(problem, variables, held_out, allow_failing=allow_failing, caller="sweep")
-    job = {} if directory is None else describe_request(problem, variables, method, checked)
+    before = check_request(problem, variables, held_out, allow_failing=allow_failing, caller="sweep")
+    job = {} if directory is None else describe_request(problem, variables, method, before)
     problem, start = trim(problem, variables, list(limits.values()))
     asked = [(budget, seed) for budget in budgets for seed in range(seeds)]
     lanes = _Lanes(
@@ -278,7 +277,7 @@ def sweep(
         },
         progress=progress,
     )
-    return Front(_points(lanes, state, asked, groups, held_out, checked.before))
+    return Front(_points(lanes, state, asked, groups, held_out, before))
 
 
 def _points(

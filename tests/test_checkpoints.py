@@ -120,6 +120,13 @@ def test_checkpoints_are_of_the_same_loss_and_data(trained, tmp_path):
 
     with pytest.raises(CheckpointError, match=r"another job.*loss"):
         run(lambda *args: 2 * tasks.loss(*args), tasks.batches)
+    variables, _ = trained
+
+    def and_to_be_as_it_was(apply, v, batch):
+        return tasks.loss(apply, v, batch) + ((apply(v, batch) - tasks.apply(variables, batch)) ** 2).mean()
+
+    with pytest.raises(CheckpointError, match=r"another job.*loss"):
+        run(and_to_be_as_it_was, tasks.batches)
     with pytest.raises(CheckpointError, match=r"another job.*data"):
         run(tasks.loss, lambda step: tasks.batches(step + 1))
     run(tasks.loss, tasks.batches)

@@ -9,6 +9,7 @@ import pytest
 
 import compaware_jax as ca
 from compaware_jax import importance
+from compaware_jax.criteria import measure
 from compaware_jax.errors import (
     CriterionError,
     DivergenceError,
@@ -168,6 +169,52 @@ def test_training_that_diverges_ends_there(trained):
     with pytest.raises(DivergenceError, match="fit: "):
         ca.fit(tasks.apply, trained[0], loss, batches, 100_000, progress=False)
     assert 150 < len(asked) < 300
+
+
+def test_complex_variables_go_downhill():
+    """By a complex number, JAX's gradient is the conjugate of the direction that optimizers take."""
+
+    def apply(v, x):
+        return ((x @ v["a"]) * jnp.exp(1j * v["phase"])) @ v["b"]
+
+    def drawn(key, *shape):
+        return jax.random.normal(key, shape, jnp.complex64) / shape[0] ** 0.5
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    variables = {"a": drawn(keys[0], 3, 8), "b": drawn(keys[1], 8, 2), "phase": jnp.linspace(0, 1, 8)}
+    wanted = {"a": drawn(keys[2], 3, 8), **{name: variables[name] for name in ("b", "phase")}}
+
+    def batches(step):
+        return jax.random.normal(jax.random.fold_in(keys[0], step), (32, 3), jnp.complex64)
+
+    def loss(f, v, batch):
+        return (jnp.abs(f(v, batch) - apply(wanted, batch)) ** 2).mean()
+
+    trained, history = ca.fit(apply, variables, loss, batches, 600, learning_rate=1e-2, progress=False)
+    assert history["loss"][-1] < 1e-3 * history["loss"][0]
+    groups = ca.find_groups(apply, trained, batches(0), boundary=True)
+    result = ca.compress(
+        apply, trained, loss, batches, groups=groups, budget=ca.params(0.7), fine_tune=300,
+        search=tasks.SEARCH, progress=False,
+    )  # fmt: skip
+    tuned = result.history["fine-tune"]["loss"]
+    assert tuned[-1] < 0.5 * tuned[0]
+    assert result.variables["a"].dtype == jnp.complex64
+
+
+def test_a_threshold_is_as_exact_as_its_metric():
+    """In float32 a tenth is more than 0.1."""
+
+    def misses(apply, variables, batch):
+        return (jnp.arange(10) == 9).mean()
+
+    at_most, at_least = (make("misses", misses, 0.1) for make in (ca.at_most, ca.at_least))
+    measured = measure([at_most], tasks.apply, None, None)["misses"]
+    assert measured > 0.1
+    assert at_most.keeps(measured)
+    assert at_least.keeps(measured)
+    assert not at_most.keeps(float("nan"))
+    assert not at_most.keeps(0.100001)
 
 
 def test_threshold_that_was_measured(trained):

@@ -227,6 +227,44 @@ def test_metrics_that_cannot_be_asked(task):
         )  # fmt: skip
 
 
+def test_metrics_that_are_not_a_number(task):
+    def nowhere(f, v, b):
+        return jnp.sqrt(tasks.loss(f, v, b) - 100)
+
+    def held(f, v, b):
+        return jnp.where(len(b) == 5, jnp.nan, tasks.loss(f, v, b))
+
+    def asked(metric, **settings):
+        criteria = [ca.at_most("wrong", metric, 1.0)]
+        return {"criteria": criteria, "held_out": tasks.held_out()[:5], "allow_failing": True, **settings}
+
+    refused(task, CriterionError, r"\['wrong'\] are not a number on batches\(0\)", **asked(nowhere))
+    refused(task, CriterionError, r"\['wrong'\] are not a number on held_out", **asked(held))
+    with pytest.raises(CriterionError, match=r"fit: the metrics of \['wrong'\] are not a number"):
+        ca.fit(
+            tasks.apply, task[0], tasks.loss, tasks.batches, 2, criteria=asked(nowhere)["criteria"],
+            progress=False,
+        )  # fmt: skip
+
+
+def test_groups_and_plans_of_another_kind(task):
+    variables, groups = task
+    told = "groups is dict, expected what find_groups returns"
+    with pytest.raises(RequestError, match=told):
+        inspect.unwrap(ca.plan_units)(variables, np.ones(3, bool))
+    with pytest.raises(RequestError, match=told):
+        inspect.unwrap(ca.constrain)(variables, floor=1)
+    with pytest.raises(PlanError, match="shrink: the plan is NoneType, expected a Plan"):
+        inspect.unwrap(ca.shrink)(variables, None)
+    smallest = inspect.unwrap(ca.smallest)
+    settings = {"criteria": [tasks.BOUND], "held_out": tasks.held_out()}
+    given = tasks.apply, variables, tasks.loss, tasks.batches
+    with pytest.raises(RequestError, match=told):
+        smallest(*given, groups=variables, **settings)
+    with pytest.raises(BudgetError, match=r"start='0\.1'.*two numbers in \(0, 1\)"):
+        smallest(*given, groups=groups, start="0.1", **settings)
+
+
 def test_arguments_of_another_kind(task):
     refused(task, RequestError, "groups is NoneType, expected what find_groups returns", groups=None)
     refused(task, RequestError, r"score='l2', expected a function", score="l2")

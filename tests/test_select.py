@@ -1,5 +1,6 @@
 """Selection: budgets met exactly, never exceeded; importance against its definition."""
 
+import inspect
 import itertools
 
 import jax
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 import compaware_jax as ca
 from compaware_jax.cost import COSTS, parameter_cost
-from compaware_jax.errors import BudgetError, PlanError
+from compaware_jax.errors import BudgetError, PlanError, RequestError
 from compaware_jax.models import autoencoder
 from compaware_jax.select import keep_units, round_counts, uniform_counts
 
@@ -192,15 +193,26 @@ def test_one_shot(dense_groups, across, demands):
     if not across:
         np.testing.assert_array_equal(counts, uniform_counts(cost, limit))
         return
-    # Groups between their bounds stop at one threshold, that of the best unit that did not fit.
+    step = np.diag(np.minimum(groups.steps, groups.ceilings - counts))
+    assert all(cost.exact(counts + one) > limit for one in step if one.any())
+    # All that is better than the best unit that did not fit is there.
     free = np.flatnonzero((counts > groups.floors) & (counts < groups.ceilings))
     ordered = [np.sort(scores[group.slice])[::-1] for group in groups.groups]
     lowest = max(ordered[g][min(counts[g] + groups.steps[g], groups.sizes[g]) - 1] for g in free)
     assert len(free) >= 2
-    assert all(ordered[g][counts[g] - 1] >= lowest for g in free)
-    more = np.array([max(np.sum(scores[group.slice] >= lowest), 0) for group in groups.groups])
+    better = np.array([np.sum(scores[group.slice] > lowest) for group in groups.groups])
+    assert (np.minimum(better, groups.ceilings) // groups.steps * groups.steps <= counts).all()
+    more = np.array([np.sum(scores[group.slice] >= lowest) for group in groups.groups])
     more = np.maximum(np.minimum(more, groups.ceilings) // groups.steps * groups.steps, groups.floors)
     assert cost.exact(more) > limit
+
+
+def test_one_shot_refuses_what_is_of_another_kind(dense_groups):
+    one_shot, scores = inspect.unwrap(ca.one_shot), np.zeros(dense_groups.units)
+    with pytest.raises(BudgetError, match=r"the budget is 0\.5, expected a Budget: params"):
+        one_shot(dense_groups, scores, 0.5)
+    with pytest.raises(RequestError, match="groups is dict, expected what find_groups returns"):
+        one_shot({}, scores, ca.params(0.5))
 
 
 @pytest.mark.parametrize(

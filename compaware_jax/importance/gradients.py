@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from compaware_jax.groups import Groups
-from compaware_jax.importance.units import unit_sum
+from compaware_jax.importance.units import squared, unit_sum
 from compaware_jax.masks import apply_mask
 
 Value = Callable[[Any], Array]
@@ -23,7 +23,7 @@ Value = Callable[[Any], Array]
 
 def gate_gradients(groups: Groups, variables: Any, gradients: Any) -> Float[Array, " units"]:
     """The loss' derivative by each gate at one: sum of weight times gradient, shape (units,)."""
-    return unit_sum(groups, jax.tree.map(lambda w, g: w * g, variables, gradients))
+    return unit_sum(groups, jax.tree.map(lambda w, g: (w * g).real, variables, gradients))
 
 
 def taylor(groups: Groups, variables: Any, gradients: Any) -> Float[Array, " units"]:
@@ -112,7 +112,7 @@ def observe(
     Returns:
       The new evidence.
     """
-    norm = jnp.sqrt(unit_sum(groups, jax.tree.map(jnp.square, gradients)))
+    norm = jnp.sqrt(unit_sum(groups, gradients, squared))
     slope = gate_gradients(groups, variables, gradients)
     steps = evidence.steps + 1
     weight = 1 / steps if smoothing == 1 else (1 - smoothing) / (1 - smoothing**steps)

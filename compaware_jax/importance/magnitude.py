@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compaware_jax.groups import Groups
-from compaware_jax.importance.units import floats, sums_over_units, unit_sum
+from compaware_jax.importance.units import floats, squared, sums_over_units, unit_sum
 from compaware_jax.placement import replicated
 
 
@@ -26,12 +26,8 @@ def l2(groups: Groups, variables: Any) -> Float[Array, " units"]:
       Li et al., Pruning Filters for Efficient ConvNets, arXiv 1608.08710 (the L1 form), over whole
       coupled units as in Fang et al., DepGraph, arXiv 2301.12900.
     """
-    squares = sums_over_units(groups, variables, _square)
+    squares = sums_over_units(groups, variables, squared)
     return floats(np.sqrt(squares) if isinstance(squares, np.ndarray) else jnp.sqrt(squares))
-
-
-def _square(x: Any) -> Any:
-    return x * x if x.dtype.kind != "c" else (x * x.conj()).real
 
 
 def lamp(groups: Groups, variables: Any) -> Float[Array, " units"]:

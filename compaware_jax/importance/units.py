@@ -31,6 +31,11 @@ def unit_sum(groups: Groups, tree: Any, of: Callable[[Any], Any] = lambda x: x) 
     return floats(sums_over_units(groups, tree, of))
 
 
+def squared(x: Any) -> Any:
+    """Squares of the magnitudes of an array's elements."""
+    return x * x if x.dtype.kind != "c" else (x * x.conj()).real
+
+
 def floats(values: Any) -> jax.Array:
     """As a JAX array of the default float type."""
     if isinstance(values, np.ndarray):
