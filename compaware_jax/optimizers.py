@@ -76,11 +76,13 @@ def shrink_optimizer(optimizer: Any, state: Any, params: Any, plan: Plan, **extr
             "the model, as for optax.lbfgs with its line search, start anew: "
             "optimizer.init(shrink(params, plan))."
         ) from error
-    result, reset = [], []
+    result, reset, names = [], [], [name for name, _ in named_leaves(params)]
     for (path, leaf), old, new, (_, fresh) in zip(
         named_leaves(state), before, after, named_leaves(initial), strict=True
     ):
-        kept = tuple(_kept(plan, positions, ties) for ties in old)
+        mine = [i for i, name in enumerate(names) if f"/{path}".endswith(f"/{name}")]
+        own = max(mine, key=lambda i: len(names[i]), default=None)
+        kept = tuple(_kept(plan, positions, ties, (own, axis)) for axis, ties in enumerate(old))
         agrees = all(n == 1 or not a or a & b for n, a, b in zip(np.shape(fresh), old, new, strict=False))
         small = cut_axes(leaf, kept) if agrees else None
         if small is None or np.shape(small) != np.shape(fresh):
@@ -96,8 +98,11 @@ def shrink_optimizer(optimizer: Any, state: Any, params: Any, plan: Plan, **extr
     return jax.tree.unflatten(jax.tree.structure(initial), result)
 
 
-def _kept(plan: Plan, positions: list[int], ties: frozenset[tuple[int, int]]) -> tuple[int, ...] | None:
-    found = {plan.kept[positions[leaf]][axis] for leaf, axis in ties}
+def _kept(
+    plan: Plan, positions: list[int], ties: frozenset[tuple[int, int]], own: tuple[int | None, int]
+) -> tuple[int, ...] | None:
+    # A sum over everything ties all axes of a size; among those it is the parameter of the same name.
+    found = {plan.kept[positions[leaf]][axis] for leaf, axis in ({own} if own in ties else ties)}
     return found.pop() if len(found) == 1 else None
 
 

@@ -78,6 +78,28 @@ def test_any_state_goes_on(cut, name):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(changes))
 
 
+@pytest.mark.parametrize("make", [optax.contrib.prodigy, optax.contrib.dadapt_adamw])
+def test_distances_over_all_parameters_leave_moments_their_own(make):
+    """Sums over everything make axes of a size look alike, also those that are cut differently."""
+
+    def apply(v, x):
+        h = jnp.tanh(x @ v["in"])
+        return [jnp.tanh(h @ v[name]).sum(-1) for name in ("mean", "scale")]
+
+    rng = np.random.default_rng(0)
+    shapes = {"in": (4, 10), "mean": (10, 8), "scale": (10, 8)}
+    params = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+    groups = ca.find_groups(apply, params, X)
+    plan = ca.plan_units(groups, np.arange(groups.units) % 5 != 0)
+    optimizer = make()
+    _, state = optimizer.update(params, optimizer.init(params), params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Nothing starts anew.
+        small = ca.shrink_optimizer(optimizer, state, params, plan)
+    for got, expected in zip(jax.tree.leaves(small), jax.tree.leaves(ca.shrink(state, plan)), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_row_and_column_means_are_cut_along_their_own_axis(cut):
     variables, plan = cut
     optimizer = OTHERS["rows and columns"]
