@@ -106,6 +106,9 @@ def compress(
     the budget exactly and the model is cut; the small model is fine-tuned. Where groups are at the
     boundary, what the loss hardly notices of them leaves before (see `boundary.trim`).
 
+    A step of the search trains the weights less than one of the fine-tune does. Where all steps there are
+    time for are few, `one_shot` and a fine-tune of all of them may end ahead.
+
     Args:
       apply: pure function ``apply(variables, *args)``.
       variables: its trained variables.

@@ -96,8 +96,7 @@ def backward_of(eqn: Equation) -> jex.ClosedJaxpr | None:
     """A call and its backward pass as a jaxpr, of operands and cotangents; None where that is refused."""
     avals = [struct_of(aval, aval.dtype) for aval in eqn.in_avals]
     results = [struct_of(aval, aval.dtype) for aval in eqn.out_avals]
-    # What the function closed over comes first; it has no derivative, and to ask for it is an error.
-    asked = [n >= eqn.params.get("num_consts", 0) and is_smooth(aval) for n, aval in enumerate(avals)]
+    asked = asked_of(eqn)
     smooth = list(map(is_smooth, results))
 
     def backward(operands: Sequence[Any], cotangents: Sequence[Any]) -> Any:
@@ -114,6 +113,26 @@ def backward_of(eqn: Equation) -> jex.ClosedJaxpr | None:
     except Exception:
         # As above.
         return None
+
+
+def asked_of(eqn: Equation) -> list[bool]:
+    """Per operand of a call with a backward pass whether that may be asked for its cotangent."""
+    # What the function closed over comes first; it has no derivative, and to ask for it is an error.
+    return [n >= eqn.params.get("num_consts", 0) and is_smooth(aval) for n, aval in enumerate(eqn.in_avals)]
+
+
+def reached_in_place(block: Block, values: Sequence[int]) -> set[int] | None:
+    """All that is made of some values, if each of its elements is made of theirs at the same position."""
+    reached = set(values)
+    for eqn in block.equations:
+        shapes = [s for v, s in zip(eqn.inputs, eqn.in_shapes, strict=True) if v in reached]
+        if not shapes:
+            continue
+        rule = RULES.get(eqn.primitive)
+        if rule is None or not rule.elementwise or {*shapes} != {*eqn.out_shapes}:
+            return None
+        reached.update(eqn.outputs)
+    return reached
 
 
 def number_of(constant: Any) -> float | None:

@@ -13,6 +13,7 @@ from jax.extend.core import primitives as p
 from compaware_jax.analysis import Analysis, varies
 from compaware_jax.dead import UNKNOWN, ZERO, Dead
 from compaware_jax.derivatives import (
+    asked_of,
     backward_of,
     derivative_of,
     flags,
@@ -20,6 +21,7 @@ from compaware_jax.derivatives import (
     is_elementwise,
     number_of,
     positions_of,
+    reached_in_place,
 )
 from compaware_jax.errors import UnknownPrimitiveError
 from compaware_jax.factors import USUAL, Cuts, Factor, Ledger, LooseEnd, Loosened, Solution, Tracked, combine
@@ -305,7 +307,11 @@ def _read_forward(eqn: Equation, inputs: Sequence[Tracked], atoms: int, cuts: Cu
 
 
 def _read_backward(eqn: Equation, values: Sequence[Tracked], atoms: int, cuts: Cuts) -> _DerivativeRule:
-    """Read a rule from operands and cotangents to cotangents, for where it is infinite alone."""
+    """Read a rule from operands and cotangents to cotangents.
+
+    Dead positions have zero tangents where no cotangent of theirs reaches what is alive. That is told of
+    rules that take cotangents position by position, if an operand is dead where what is made of it is.
+    """
     closed = backward_of(eqn)
     if closed is None:
         return _DerivativeRule(zero=False)
@@ -315,8 +321,22 @@ def _read_backward(eqn: Equation, values: Sequence[Tracked], atoms: int, cuts: C
         for x, aval in zip(outputs, eqn.out_avals, strict=True)
         if is_smooth(aval)
     ]
-    read, _ = _seeded(flatten(closed, leaves=()), [*inputs, *cotangents], atoms, cuts, nested=True)
-    return _DerivativeRule(zero=False, singular=read.ledger.singular(atoms))
+    program = flatten(closed, leaves=())
+    read, _ = _seeded(program, [*inputs, *cotangents], atoms, cuts, nested=True)
+    reached = reached_in_place(program.block, program.block.inputs[len(inputs) :])
+    if reached is None:
+        return _DerivativeRule(zero=False, singular=read.ledger.singular(atoms))
+    asked = [x for x, mine in zip(inputs, asked_of(eqn), strict=True) if mine]
+    back = [x for x, v in zip(asked, program.block.outputs, strict=True) if v in reached]
+    zero = all(_dead_alike(x, y) for x in back for y in cotangents if x.shape == y.shape)
+    return _DerivativeRule(zero, singular=read.ledger.singular(atoms))
+
+
+def _dead_alike(x: Tracked, y: Tracked) -> bool:
+    """Whether two values of a shape are dead at the same positions."""
+    return len(x.factors) == len(y.factors) and all(
+        any(f.axes == g.axes and np.array_equal(f.ids, g.ids) for g in y.factors) for f in x.factors
+    )
 
 
 def _renamed(x: Tracked, names: np.ndarray) -> Tracked:

@@ -308,6 +308,60 @@ def test_backward_pass_of_its_own(before):
     assert shapes == (full if ran else [(4, 4), (4, 3)])
 
 
+def straight_through(forward, backward):
+    """A function of weights with a backward pass of operand and cotangent."""
+    call = jax.custom_vjp(forward)
+    call.defvjp(lambda w: (forward(w), w), lambda w, g: (backward(w, g),))
+    return call
+
+
+def rounded(w):
+    return jnp.round(4 * w) / 4
+
+
+def quantised(w):
+    scale = jnp.abs(w).max() / 7
+    return jnp.round(w / scale) * scale
+
+
+IN_PLACE = {
+    "rounded": straight_through(rounded, lambda w, g: g),
+    "signs": straight_through(jnp.sign, lambda w, g: jnp.where(jnp.abs(w) < 1, g, 0.0)),
+    "with a scale of all weights": straight_through(
+        quantised, lambda w, g: g * (jnp.abs(w) < jnp.abs(w).max())
+    ),
+    "cotangents of one sign": straight_through(jnp.tanh, lambda w, g: jnp.maximum(g, 0.1 * w)),
+}
+ELSEWHERE = {
+    "of a norm": straight_through(rounded, lambda w, g: g / jnp.linalg.norm(g)),
+    "without their mean": straight_through(rounded, lambda w, g: g - g.mean(-1, keepdims=True)),
+    "turned round": straight_through(lambda w: w[:, ::-1], lambda w, g: g),
+    "turned round on the way back": straight_through(rounded, lambda w, g: g[::-1, ::-1]),
+    "added up": straight_through(rounded, lambda w, g: jnp.cumsum(g, 0)),
+}
+
+
+@pytest.mark.parametrize("name", [*IN_PLACE, *ELSEWHERE])
+def test_weights_with_a_backward_pass_of_their_own(name):
+    """Where each weight has its own cotangent, as in training for quantisation, all products run small."""
+    of = (IN_PLACE | ELSEWHERE)[name]
+
+    def apply(v, x):
+        return jnp.tanh(jnp.tanh(x @ of(v["a"])) @ of(v["m"])) @ of(v["b"])
+
+    variables = {**VARIABLES, "m": 2 * RNG.normal(size=(6, 6))}
+    groups = ca.find_groups(apply, variables, X, strict=True)
+    keep = np.arange(groups.units) % 3 != 1
+    assert max(law_errors(apply, variables, X, keep=keep, groups=groups)) <= 1e-10
+    plan = ca.plan_units(groups, keep)
+    if name in IN_PLACE:
+        assert groups.units == 12
+        small = jax.make_jaxpr(ca.slim(apply, plan))(ca.shrink(variables, plan), X)
+        products = (e for e in small.eqns if e.primitive is lax.dot_general_p)
+        shapes = [tuple(v.aval.shape for v in e.invars) for e in products]
+        assert shapes == [((4, 3), (3, 4)), ((4, 4), (4, 4)), ((4, 4), (4, 2))]
+
+
 def test_backward_pass_of_its_own_that_closes_over_arrays():
     """Such arrays come first among the operands, and have no derivative: nothing asks for it."""
     slopes = jnp.asarray(RNG.normal(size=(1, 6)))
