@@ -81,7 +81,7 @@ def shrink_optimizer(optimizer: Any, state: Any, params: Any, plan: Plan, **extr
         named_leaves(state), before, after, named_leaves(initial), strict=True
     ):
         mine = [i for i, name in enumerate(names) if f"/{path}".endswith(f"/{name}")]
-        own = max(mine, key=lambda i: len(names[i]), default=None)
+        own = max(mine, key=lambda i: len(names[i]), default=-1)
         kept = tuple(_kept(plan, positions, ties, (own, axis)) for axis, ties in enumerate(old))
         agrees = all(n == 1 or not a or a & b for n, a, b in zip(np.shape(fresh), old, new, strict=False))
         small = cut_axes(leaf, kept) if agrees else None
@@ -99,7 +99,7 @@ def shrink_optimizer(optimizer: Any, state: Any, params: Any, plan: Plan, **extr
 
 
 def _kept(
-    plan: Plan, positions: list[int], ties: frozenset[tuple[int, int]], own: tuple[int | None, int]
+    plan: Plan, positions: list[int], ties: frozenset[tuple[int, int]], own: tuple[int, int]
 ) -> tuple[int, ...] | None:
     # A sum over everything ties all axes of a size; among those it is the parameter of the same name.
     found = {plan.kept[positions[leaf]][axis] for leaf, axis in ({own} if own in ties else ties)}

@@ -26,13 +26,17 @@ from compaware_jax.factors import Factor, Tracked
 from compaware_jax.placement import dividing, explicit
 from compaware_jax.program import Block, Checkpoint, Equation
 from compaware_jax.propagate import analyse_seeded
-from compaware_jax.rules import REGIONS, RULES, Kept, Small
+from compaware_jax.rules import REGIONS, RULES, Kept, Parts, Small
 from compaware_jax.rules.arrays import missing, scatter, small_shape, take
 from compaware_jax.trace import flatten
 
 
 class _OutOfReachError(Exception):
     """A full-width value is needed whose producer lies outside the block being run."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__(value)
+        self.value = value
 
 
 def run_small(
@@ -178,29 +182,52 @@ class _Run:
         return positions_of(constants[value]) if value in constants else None
 
     def region(self, eqn: Equation, operands: list[Small], kept: list[Kept]) -> list[jax.Array] | None:
-        """A loop or branch: its bodies run small, or all of it un-cut."""
-        record = FullWidth()
+        """A loop or branch: its bodies run small, given at full width what they need so; or all un-cut."""
+        parts, wide = REGIONS[eqn.primitive].parts(eqn), set[int]()
+        inside = {value for body in eqn.bodies for value in body.inputs}
+        while True:
+            try:
+                return self.bodies(eqn, operands, kept, parts, wide)
+            except _OutOfReachError as error:
+                if error.value not in inside:
+                    raise  # It lies further outside.
+                operand = parts.operand_of.get(error.value)
+                if operand is None or operand in wide:
+                    return None
+                wide.add(operand)
+
+    def bodies(
+        self, eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept], parts: Parts, wide: set[int]
+    ) -> list[jax.Array]:
+        """The results of a loop or branch, some operands of which are handed in at full width."""
+        record, seen, made = FullWidth(), list(operands), list(kept)
 
         def run(body: Block, arrays: Sequence[jax.Array], targets: Sequence[Kept]) -> list[jax.Array]:
             # A scope of its own: a body is traced apart, and its values are not those of another trace.
-            inner = _Run(self.analysis, self.alive, nested=self.nested)
-            results = inner.block(body, arrays)
+            inner, given = _Run(self.analysis, self.alive, nested=self.nested), list(arrays)
+            for n, value in enumerate(body.inputs):
+                if parts.operand_of.get(value) in wide:
+                    inner.full[value], given[n] = given[n], take(given[n], inner.kept(value))
+            results = inner.block(body, given)
+            for n, (value, target) in enumerate(zip(body.outputs, targets, strict=True)):
+                got = inner.kept(value)
+                if any(aim is None and index is not None for aim, index in zip(target, got, strict=True)):
+                    results[n], got = inner.whole(value), (None,) * len(got)
+                results[n] = take(results[n], missing(target, got))
             record.uncut.update(inner.record.uncut)
             record.again.update(inner.record.again)
-            return [
-                take(result, missing(target, got))
-                for result, got, target in zip(
-                    results, (inner.kept(v) for v in body.outputs), targets, strict=True
-                )
-            ]
+            return results
 
-        try:
-            results = REGIONS[eqn.primitive].slim(eqn, operands, kept, run)
-        except _OutOfReachError:
-            return None
+        for n in wide:
+            whole = self.whole(eqn.inputs[n])
+            seen[n] = Small(whole, (None,) * whole.ndim, operands[n].zero)
+            if n in parts.carried:
+                made[parts.carried[n]] = seen[n].kept
+        results = REGIONS[eqn.primitive].slim(eqn, seen, made, run)
+        self.full.update((eqn.outputs[at], results[at]) for n, at in parts.carried.items() if n in wide)
         self.record.uncut.update(record.uncut)
         self.record.again.update(record.again)
-        return results
+        return [take(x, missing(want, got)) for x, want, got in zip(results, kept, made, strict=True)]
 
     def whole(self, value: int) -> Any:
         """A value at full width, as the masked network would compute it."""
@@ -222,7 +249,7 @@ class _Run:
                 self.record.again[eqn] = None
                 self.full.update(zip(eqn.outputs, eqn.run(*[self.full[v] for v in eqn.inputs]), strict=True))
             else:
-                raise _OutOfReachError
+                raise _OutOfReachError(last)
         return self.full[value]
 
     def is_scattered(self, value: int) -> bool:

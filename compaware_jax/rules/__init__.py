@@ -15,12 +15,13 @@ from compaware_jax.rules import (
     windows,
     writing,
 )
-from compaware_jax.rules.registry import REGIONS, RULES, Kept, RegionRule, Rule, Small, register_rule
+from compaware_jax.rules.registry import REGIONS, RULES, Kept, Parts, RegionRule, Rule, Small, register_rule
 
 __all__ = [
     "REGIONS",
     "RULES",
     "Kept",
+    "Parts",
     "RegionRule",
     "Rule",
     "Small",

@@ -17,7 +17,7 @@ from compaware_jax.factors import Factor, Ledger, Tracked, combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import cut, missing, scatter
 from compaware_jax.rules.families import common_value, dead_of
-from compaware_jax.rules.registry import REGIONS, Kept, Read, RegionRule, RunBody, Small
+from compaware_jax.rules.registry import REGIONS, Kept, Parts, Read, RegionRule, RunBody, Small
 from compaware_jax.trace import scan_parts, while_parts
 
 # So many steps of a loop are read with all that dead positions become.
@@ -65,6 +65,12 @@ def _zeros_alone(x: Tracked) -> Tracked:
     """The value, its dead positions followed no further than whether they may be zero: a carry may count."""
     factors = (replace(f, dead=Dead(f.zero, f.dead.values & ZERO.values)) for f in x.factors)
     return replace(x, factors=tuple(factors))
+
+
+def _parts(eqn: Equation, handed_in: Sequence[Sequence[int]], carried: Sequence[int] = ()) -> Parts:
+    """From per body the operands that its inputs are, and the operands that are carried, in output order."""
+    pairs = (zip(body.inputs, at, strict=True) for body, at in zip(eqn.bodies, handed_in, strict=True))
+    return Parts(dict(itertools.chain(*pairs)), {operand: n for n, operand in enumerate(carried)})
 
 
 # --- scan ---------------------------------------------------------------------------------------------
@@ -125,7 +131,12 @@ def _slim_scan(
     return [*carry, *ys]
 
 
-REGIONS[p.scan_p] = RegionRule(_couple_scan, _slim_scan, lambda eqn: (eqn.params["length"],))
+def _parts_of_scan(eqn: Equation) -> Parts:
+    consts, init, xs = scan_parts(eqn.source, range(len(eqn.inputs)))
+    return _parts(eqn, [[*consts, *init, *xs]], init)
+
+
+REGIONS[p.scan_p] = RegionRule(_couple_scan, _slim_scan, lambda eqn: (eqn.params["length"],), _parts_of_scan)
 
 
 # --- while --------------------------------------------------------------------------------------------
@@ -178,8 +189,15 @@ def _of_examples(which: jax.Array, x: jax.Array, otherwise: jax.Array) -> jax.Ar
     return jnp.where(which.reshape(which.shape + (1,) * (x.ndim - which.ndim)), x, otherwise)
 
 
+def _parts_of_while(eqn: Equation) -> Parts:
+    if eqn.params["cond_jaxpr"].out_avals[0].shape:
+        return Parts({}, {})  # An example that leaves has no condition of its own to run by.
+    cond_consts, body_consts, init = while_parts(eqn.source, range(len(eqn.inputs)))
+    return _parts(eqn, [[*cond_consts, *init], [*body_consts, *init]], init)
+
+
 # How often a loop runs is not known: its body counts once.
-REGIONS[p.while_p] = RegionRule(_couple_while, _slim_while, lambda eqn: (1, 1))
+REGIONS[p.while_p] = RegionRule(_couple_while, _slim_while, lambda eqn: (1, 1), _parts_of_while)
 
 
 # --- cond ---------------------------------------------------------------------------------------------
@@ -201,4 +219,9 @@ def _slim_cond(
 
 
 # Only one branch runs: the first stands for all.
-REGIONS[p.cond_p] = RegionRule(_couple_cond, _slim_cond, lambda eqn: (1,) + (0,) * (len(eqn.bodies) - 1))
+REGIONS[p.cond_p] = RegionRule(
+    _couple_cond,
+    _slim_cond,
+    lambda eqn: (1,) + (0,) * (len(eqn.bodies) - 1),
+    lambda eqn: _parts(eqn, [range(1, len(eqn.inputs))] * len(eqn.bodies)),
+)

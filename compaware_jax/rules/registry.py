@@ -10,8 +10,9 @@ A rule reads a primitive three ways:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -146,7 +147,20 @@ Read = Callable[[Block, Sequence[Tracked]], "list[Tracked]"]
 
 
 RunBody = Callable[[Block, Sequence[jax.Array], Sequence[Kept]], "list[jax.Array]"]
-"""Runs a body on small arrays and cuts its outputs to the given targets."""
+"""Runs a body on small arrays, some of them at full width, and cuts its outputs to the given targets."""
+
+
+class Parts(NamedTuple):
+    """Where what a loop or a branch is given turns up in its bodies.
+
+    Attributes:
+      operand_of: which operand an input of a body is, at first, by value id; empty where every value has to
+        be as narrow as the analysis says.
+      carried: operand position to output position of what a body's result takes the place of.
+    """
+
+    operand_of: Mapping[int, int]
+    carried: Mapping[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,11 +171,13 @@ class RegionRule:
       couple: ``(ledger, equation, inputs, read) -> outputs``; it reads every body at least once.
       slim: ``(equation, operands, kept_outputs, run) -> arrays``.
       times: ``equation -> how often each body runs`` in one call, for FLOPs.
+      parts: ``equation -> Parts``.
     """
 
     couple: Callable[[Ledger, Equation, Sequence[Tracked], Read], list[Tracked]]
     slim: Callable[[Equation, Sequence[Small], Sequence[Kept], RunBody], list[jax.Array]]
     times: Callable[[Equation], Sequence[int]]
+    parts: Callable[[Equation], Parts]
 
 
 REGIONS: dict[Primitive, RegionRule] = {}
