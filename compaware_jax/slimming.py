@@ -2,7 +2,8 @@
 
 Where a rule cannot run an equation at the small sizes exactly, the traced equation runs at full width:
 its operands are rebuilt (zeros scattered where what was cut is zero in the masked network, otherwise
-their producers run again at full width), and its outputs are cut.
+their producers run again at full width), and its outputs are cut. A body of a loop or branch that
+needs so what comes from outside is given it at full width; a carry is then computed so at every step.
 """
 
 from __future__ import annotations
