@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Primitive
@@ -89,7 +88,8 @@ def _by_numpy(eqn: Equation, inputs: Sequence[Any]) -> np.ndarray | None:
     if eqn.primitive not in _ELEMENTWISE and eqn.primitive not in _OTHERS:
         return None
     avals = (*eqn.in_avals, *eqn.out_avals)
-    if any(explicit(aval.sharding) or jnp.issubdtype(aval.dtype, jax.dtypes.extended) for aval in avals):
+    # Keys, and numbers that numpy has not of its own, such as bfloat16, are of no kind here.
+    if any(explicit(aval.sharding) or getattr(aval.dtype, "kind", "V") not in "biufc" for aval in avals):
         return None
     # A constant of the user's may be wider than what JAX takes it for.
     arrays = [np.asarray(x, dtype) for x, dtype in zip(inputs, eqn.in_dtypes, strict=True)]
