@@ -16,11 +16,14 @@ from compaware_jax.program import Equation, is_smooth
 
 # --- what numpy computes as JAX does, bit for bit -------------------------------------------------------
 
+COMPARISONS: dict[Primitive, Callable[..., np.ndarray]] = {
+    p.eq_p: np.equal, p.ne_p: np.not_equal, p.lt_p: np.less, p.le_p: np.less_equal,
+    p.gt_p: np.greater, p.ge_p: np.greater_equal,
+}  # fmt: skip
 _ELEMENTWISE: dict[Primitive, Callable[..., np.ndarray]] = {
     p.add_p: np.add, p.sub_p: np.subtract, p.mul_p: np.multiply, p.max_p: np.maximum, p.min_p: np.minimum,
-    p.eq_p: np.equal, p.ne_p: np.not_equal, p.lt_p: np.less, p.le_p: np.less_equal,
-    p.gt_p: np.greater, p.ge_p: np.greater_equal, p.and_p: np.bitwise_and, p.or_p: np.bitwise_or,
-    p.xor_p: np.bitwise_xor, p.not_p: np.bitwise_not, p.copy_p: np.asarray,
+    p.and_p: np.bitwise_and, p.or_p: np.bitwise_or, p.xor_p: np.bitwise_xor, p.not_p: np.bitwise_not,
+    p.copy_p: np.asarray, **COMPARISONS,
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,13 @@ def _soft(cost: Cost, counts: np.ndarray) -> Any:
     return np.prod(sizes[..., cost.terms], axis=-1) @ cost.weights
 
 
+def _one_more(cost: Cost, counts: np.ndarray, g: int) -> np.ndarray:
+    """The counts with one step more of a group."""
+    more = counts.copy()
+    more[g] = min(counts[g] + cost.step[g], cost.units[g])
+    return more
+
+
 # Exchanges are tried between the groups whose units are cheapest: they fill what is left best.
 _EXCHANGED = 40
 
@@ -193,10 +201,7 @@ def _fill(
     """Counts that spend more of the limit, those that are settled last."""
     groups = range(len(counts))
 
-    def up(counts: np.ndarray, g: int) -> np.ndarray:
-        new = counts.copy()
-        new[g] = min(counts[g] + cost.step[g], cost.units[g])
-        return new
+    up = partial(_one_more, cost)
 
     def down(counts: np.ndarray, g: int) -> np.ndarray:
         new = counts.copy()
@@ -279,8 +284,7 @@ def global_counts(
     growing = [g for g in range(len(counts)) if counts[g] < cost.most[g]]
     while growing:
         g = max(growing, key=lambda g: falling[g][counts[g]])
-        more = counts.copy()
-        more[g] = min(counts[g] + cost.step[g], cost.units[g])
+        more = _one_more(cost, counts, g)
         if more[g] > cost.most[g] or cost.exact(more) > limit:
             growing.remove(g)  # Nor does it fit once others have grown.
             continue

@@ -122,3 +122,4 @@ def test_a_loop_for_every_example_runs_whole():
     groups = ca.find_groups(apply, VARIABLES, X, strict=True)
     keep = random_keep(groups, np.random.default_rng(0))
     assert max(law_errors(apply, VARIABLES, X, keep=keep, groups=groups, gradients=False)) <= 1e-10
+    assert any("`while`" in e.where for e in ca.uncut(groups, ca.plan_units(groups, keep)))

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import compaware_jax as ca
-from compaware_jax import models
+from compaware_jax import models, surgery
 from compaware_jax.cost import flop_cost
 from compaware_jax.errors import PlanError, TraceError
 from compaware_jax.law import random_keep
@@ -73,6 +73,13 @@ def test_optimizer_state_shrinks_along(cut):
         np.testing.assert_array_equal(part["in"]["w"], ca.shrink(full, plan)["in"]["w"])
     # One step goes on with it.
     update(jax.tree.map(jnp.ones_like, expected), small_state, expected)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere it has to be copied")
+def test_what_is_cut_on_the_host_is_handed_over_uncopied():
+    for shape in ((3, 5), (7,), (2, 3, 11)):
+        array = surgery._fresh(shape, np.dtype("float32"))
+        assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
 
 
 def test_flax_collections_shrink_on_their_own():

@@ -11,6 +11,7 @@ from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 from scipy import special
 
+from compaware_jax.folding import COMPARISONS
 from compaware_jax.program import Equation
 from compaware_jax.rules.families import Becomes, Numbers, cases, elementwise, on_numbers
 
@@ -118,9 +119,8 @@ JOINT: dict[Primitive, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 # Not zero where both are, or not because both are.
 COMPARED: dict[Primitive, Callable[[Any, Any], Any]] = {
-    p.eq_p: np.equal, p.ne_p: np.not_equal, p.ge_p: np.greater_equal, p.gt_p: np.greater,
-    p.le_p: np.less_equal, p.lt_p: np.less, p.eq_to_p: np.equal, p.le_to_p: np.less_equal,
-    p.lt_to_p: np.less, p.nextafter_p: np.nextafter,
+    **COMPARISONS, p.eq_to_p: np.equal, p.le_to_p: np.less_equal, p.lt_to_p: np.less,
+    p.nextafter_p: np.nextafter,
 }  # fmt: skip
 for primitive, function in JOINT.items():
     elementwise(
