@@ -347,11 +347,13 @@ def test_weights_with_a_backward_pass_of_their_own(name):
     of = (IN_PLACE | ELSEWHERE)[name]
 
     def apply(v, x):
-        return jnp.tanh(jnp.tanh(x @ of(v["a"])) @ of(v["m"])) @ of(v["b"])
+        h = x @ of(v["a"])
+        # The sum hands cotangents to dead weights, too, which the rule may mix with those of others.
+        return jnp.tanh(jnp.tanh(h) @ of(v["m"])) @ of(v["b"]) + h.sum(-1, keepdims=True)
 
     variables = {**VARIABLES, "m": 2 * RNG.normal(size=(6, 6))}
     groups = ca.find_groups(apply, variables, X, strict=True)
-    keep = np.arange(groups.units) % 3 != 1
+    keep = np.arange(groups.units) % 4 != 1  # Not the same turned round.
     assert max(law_errors(apply, variables, X, keep=keep, groups=groups)) <= 1e-10
     plan = ca.plan_units(groups, keep)
     if name in IN_PLACE:
@@ -359,7 +361,7 @@ def test_weights_with_a_backward_pass_of_their_own(name):
         small = jax.make_jaxpr(ca.slim(apply, plan))(ca.shrink(variables, plan), X)
         products = (e for e in small.eqns if e.primitive is lax.dot_general_p)
         shapes = [tuple(v.aval.shape for v in e.invars) for e in products]
-        assert shapes == [((4, 3), (3, 4)), ((4, 4), (4, 4)), ((4, 4), (4, 2))]
+        assert shapes == [((4, 3), (3, 4)), ((4, 4), (4, 5)), ((4, 5), (5, 2))]
 
 
 def test_backward_pass_of_its_own_that_closes_over_arrays():
