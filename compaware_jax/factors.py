@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -124,7 +124,8 @@ class LooseEnd:
         return replace(x, factors=tuple(factors))
 
 
-class Loosened(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Loosened:
     """Atoms that leave apart from an equation, and those that it sees in their place: these stay."""
 
     atoms: np.ndarray

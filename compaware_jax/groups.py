@@ -7,6 +7,7 @@ consecutive; arrays "over units" in the rest of the package use that numbering.
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import math
 import re
@@ -66,7 +67,7 @@ class Group:
         return len(self.components) > 1
 
     @property
-    def slice(self) -> slice:
+    def slice(self) -> builtins.slice:
         """Where the group's units stand in an array over units."""
         return slice(self.offset, self.offset + self.units)
 

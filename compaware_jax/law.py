@@ -108,7 +108,6 @@ def law_errors(
         return outputs, slopes
 
     full = jax.jit(evaluate(apply), **options)
-    mask = jax.jit(lambda gates, tree: apply_mask(groups, gates, tree), **options)
     cuts_outputs = bool(groups.released or groups.states)
     errors = []
     for units in np.atleast_2d(keep):
@@ -120,7 +119,7 @@ def law_errors(
                 return cut_outputs(groups, plan, apply(tree, *inputs))
 
             full = jax.jit(evaluate(reference), **options)
-        masked = mask(jnp.asarray(units, float), variables)
+        masked = apply_mask(groups, np.asarray(units, float), variables)
         expected, expected_grad = run(reference, full, masked)
         small_apply = slimmer(apply, plan)
         small = jax.jit(evaluate(small_apply), **options)

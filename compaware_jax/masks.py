@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Num
 
 from compaware_jax.errors import PlanError
 from compaware_jax.groups import Groups
+from compaware_jax.placement import on_host, place_of
 
 
 def mask(groups: Groups, gates: Num[ArrayLike, " units"], variables: Any) -> Any:
@@ -28,10 +29,8 @@ def mask(groups: Groups, gates: Num[ArrayLike, " units"], variables: Any) -> Any
     Raises:
       PlanError: there is not one gate per unit.
     """
-    gates = jnp.asarray(gates, float)
-    if gates.shape != (groups.units,):
-        raise PlanError(f"mask: gates have shape {gates.shape}, expected one per unit, ({groups.units},).")
-    leaves = [_outer(axes, gates) for axes in groups.units_of]
+    gates = _per_unit(groups, gates, jnp)
+    leaves = [_outer(axes, gates, jnp) for axes in groups.units_of]
     return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 
 
@@ -45,19 +44,40 @@ def apply_mask(groups: Groups, gates: Num[ArrayLike, " units"], variables: Any) 
 
     Returns:
       A pytree like `variables`, of the same shapes and dtypes.
+
+    Raises:
+      PlanError: there is not one gate per unit.
     """
+    leaves, structure = jax.tree.flatten(variables)
+    # On the host, numpy spares a compilation per shape.
+    here = all(map(on_host, [gates, *leaves]))
+    xp = np if here else jnp
+    gates = _per_unit(groups, gates, xp)
+    masked = [
+        _masked(leaf, _outer(axes, gates, xp), xp) for leaf, axes in zip(leaves, groups.units_of, strict=True)
+    ]
+    if here:
+        places = [place_of(leaf, leaf.shape) if isinstance(leaf, jax.Array) else None for leaf in leaves]
+        masked = jax.device_put(masked, places)
+    return jax.tree.unflatten(structure, masked)
 
-    def masked(leaf: Any, factor: Array) -> Any:
-        # A random key is no number, and none of its axes leaves.
-        extended = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-        return leaf if extended else (leaf * factor).astype(leaf.dtype)
 
-    return jax.tree.map(masked, variables, mask(groups, gates, variables))
+def _per_unit(groups: Groups, gates: Any, xp: Any) -> Any:
+    gates = xp.asarray(gates, jax.dtypes.canonicalize_dtype(float))
+    if gates.shape != (groups.units,):
+        raise PlanError(f"mask: gates have shape {gates.shape}, expected one per unit, ({groups.units},).")
+    return gates
 
 
-def _outer(axes: tuple[np.ndarray, ...], gates: Array) -> Array:
-    padded = jnp.append(gates, jnp.ones((), gates.dtype))
-    result = jnp.ones((1,) * len(axes), gates.dtype)
+def _masked(leaf: Any, factor: Any, xp: Any) -> Any:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return leaf  # A random key is no number, and none of its axes leaves.
+    return (xp.asarray(leaf) * factor).astype(leaf.dtype)
+
+
+def _outer(axes: tuple[np.ndarray, ...], gates: Any, xp: Any) -> Any:
+    padded = xp.append(gates, xp.ones((), gates.dtype))
+    result = xp.ones((1,) * len(axes), gates.dtype)
     for axis, units in enumerate(axes):
         if (units >= 0).any():
             shape = [1] * len(axes)

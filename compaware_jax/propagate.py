@@ -246,8 +246,9 @@ class _Propagation:
         joint = [f for value, fs in joint.items() if value not in moved for f in fs if len(f.axes) > 1]
         solution = _solve(self.ledger, joint)
         # What is not written any more is zero: so it may not be where something is singular at zero.
-        for atoms, in_place in self.written:
-            for atom, place in zip(*(solution.labels[x].tolist() for x in (atoms, in_place)), strict=True):
+        for met in self.written:
+            classes = (solution.labels[atoms].tolist() for atoms in (met.atoms, met.in_place))
+            for atom, place in zip(*classes, strict=True):
                 if place in solution.inexact:
                     solution.inexact.setdefault(atom, solution.inexact[place])
         loosened = np.concatenate([np.zeros(0, int), *(x.atoms for x in self.ledger.loosened)])

@@ -2,9 +2,11 @@
 
 import atexit
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Before JAX starts: two devices, for tests of sharded arrays; all others use the first. No threads to
 # compile parts of a program in, as every worker has its own programs. And no time spent to make them fast, as
@@ -26,6 +28,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax
 import matplotlib as mpl
 import pytest
+from beartype import BeartypeConf, BeartypeDecorPlace
+from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
 
 mpl.use("Agg")
@@ -33,7 +37,23 @@ if jax.default_backend() != "cpu":
     # There, products of float32 are of fewer bits by default; for what tests start as well.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     jax.config.update("jax_default_matmul_precision", os.environ["JAX_DEFAULT_MATMUL_PRECISION"])
-install_import_hook("compaware_jax", "beartype.beartype")
+
+
+def _check_types():
+    """Have checked what the package's functions are given and return."""
+    package = "compaware_jax"
+    folder = Path(importlib.util.find_spec(package).origin).parent
+    texts = {path: path.read_text("utf-8") for path in folder.rglob("*.py")}
+    # To check shapes as well takes three times as long. By itself, beartype cannot read a NamedTuple's types.
+    shaped = [path for path, text in texts.items() if "jaxtyping" in text or "NamedTuple" in text]
+    names = [".".join(path.relative_to(folder.parent).with_suffix("").parts) for path in shaped]
+    install_import_hook(names, "beartype.beartype")
+    # Next to the function itself, as a decorator may make of it something else.
+    place = BeartypeDecorPlace.FIRST
+    beartype_package(package, conf=BeartypeConf(claw_is_pep526=False, claw_decor_place_func=place))
+
+
+_check_types()
 
 
 @pytest.fixture(scope="session")

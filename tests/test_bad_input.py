@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from beartype.roar import BeartypeCallHintParamViolation
 from flax import linen, nnx
+from jaxtyping import TypeCheckError
 
 import compaware_jax as ca
 from compaware_jax.errors import PlanError, TraceError
@@ -27,6 +29,14 @@ def variables(**more):
 
 
 X = RNG.normal(size=(2, 3))
+
+
+def test_types_are_checked_in_tests():
+    groups = ca.find_groups(two_layers, variables(), X)
+    with pytest.raises(BeartypeCallHintParamViolation, match="parameter plan=5"):
+        ca.slim(two_layers, 5)
+    with pytest.raises(TypeCheckError, match="checking the parameters"):
+        ca.mask(groups, np.ones((4, 1)), variables())
 
 
 def test_leaf_that_is_no_array():
