@@ -85,13 +85,13 @@ def byte_cost(groups: Groups) -> Cost:
 
 
 def flop_cost(groups: Groups) -> Cost:
-    """FLOPs of one call at the traced input shapes.
+    """FLOPs of one call at the traced input shapes, as far as the outputs that are deployed need them.
 
     Two per multiply-add of contractions and convolutions; element-wise work is not counted, as is usual.
     The body of a `scan` counts once per step, that of a `while` once, and of a `cond` the first branch.
     """
     builder = _Builder(groups)
-    for work in work_of(groups.analysis.program):
+    for work in work_of(groups.analysis.program, groups.deployed_outputs):
         rows = []
         for dimension in work.dimensions:
             classes = groups.analysis.together(dimension)
@@ -238,5 +238,8 @@ def nbytes(fraction: Any) -> Budget:
 
 
 def flops(fraction: Any) -> Budget:
-    """At most this fraction of the dense model's FLOPs at the traced input shapes, in (0, 1]."""
+    """At most this fraction of the dense model's FLOPs at the traced input shapes, in (0, 1].
+
+    Of a function that returns more than is deployed, name what is: ``find_groups(..., deployed=...)``.
+    """
     return _budget("flops", fraction)

@@ -38,6 +38,7 @@ def find_groups(
     components: Callable[[str], str] = default_component,
     released: Sequence[str] = (),
     state_outputs: Mapping[str, str] | None = None,
+    deployed: Sequence[str] = (),
     within_heads: bool = False,
     boundary: bool = False,
     inexact: bool = False,
@@ -57,6 +58,9 @@ def find_groups(
         an EMA target, a recurrent carry) to the leaves' paths, e.g. ``{"1/batch_stats": "batch_stats"}``;
         sub-trees stand for all that is in them. They come out cut as their leaves are. State that has left
         counts as zero at every call, as masked variables have it, whatever the call before made of it.
+      deployed: tree paths of the outputs that the model is used for, sub-trees standing for all that is in
+        them, e.g. ``("used",)``; FLOPs are those that they need. None named: all outputs. What only training
+        needs, such as the other mode of a batch norm, is cut and returned all the same.
       within_heads: where one axis holds the heads of an attention and their channels, cut the same
         channels of all heads instead of whole heads. (Where they are two axes, both can leave anyway,
         unless the model flattens them: then those of which more can leave.)
@@ -78,8 +82,8 @@ def find_groups(
       The `Groups`.
 
     Raises:
-      TraceError: the function cannot be traced with these variables and inputs, or `released` or
-        `state_outputs` names no output, or a state differs in shape from its leaf.
+      TraceError: the function cannot be traced with these variables and inputs, or `released`, `deployed`
+        or `state_outputs` names no output, or a state differs in shape from its leaf.
       UnknownPrimitiveError: in strict mode, at a primitive without a rule.
       RequestError: `components` is no function.
 
@@ -104,13 +108,17 @@ def find_groups(
         )
     check_function(apply, variables, "find_groups")
     program = trace(apply, variables, *args, **kwargs)
-    released = (released,) if isinstance(released, str) else tuple(released)
-    for name in released:
-        if name not in program.output_paths:
-            raise TraceError(
-                f"find_groups: released={name!r} names no output of the function, which has "
-                f"{list(program.output_paths)}. Pass one of these paths."
-            )
+    released, deployed = ((x,) if isinstance(x, str) else tuple(x) for x in (released, deployed))
+    for option, names, found in (
+        ("released", released, program.positions),
+        ("deployed", deployed, program.under),
+    ):
+        for name in names:
+            if not found([name]):
+                raise TraceError(
+                    f"find_groups: {option}={name!r} names no output of the function, which has "
+                    f"{list(program.output_paths)}. Pass one of these paths."
+                )
     pairs = tuple((state_outputs or {}).items())
     states = _checked_states(program, pairs)
     analysis = analyse(
@@ -120,7 +128,7 @@ def find_groups(
         strict=strict,
         cuts=Cuts(within_heads=within_heads, boundary=boundary),
     )
-    return _collect(analysis, leaves_of(variables), components, inexact, released, pairs)
+    return _collect(analysis, leaves_of(variables), components, inexact, released, pairs, deployed)
 
 
 def _checked_states(program: Program, pairs: tuple[tuple[str, str], ...]) -> list[tuple[int, int]]:
@@ -151,6 +159,7 @@ def _collect(
     inexact: bool,
     released: tuple[str, ...],
     states: tuple[tuple[str, str], ...],
+    deployed: tuple[str, ...],
 ) -> Groups:
     program, solution = analysis.program, analysis.solution
     order, unread = _first_use(analysis, states)
@@ -181,6 +190,7 @@ def _collect(
         guarded=_guarded(analysis, unit_of_class, groups),
         released=released,
         states=states,
+        deployed=deployed,
         analysis=analysis,
         unit_of_class=unit_of_class,
         component_of=components,

@@ -117,6 +117,8 @@ class Groups:
       guarded: sets of units of which one must stay, beyond "no group is emptied".
       released: tree paths of outputs whose axes may be cut.
       states: (output path, leaf path) pairs of outputs that are the next value of leaves.
+      deployed: tree paths of the outputs whose FLOPs count, sub-trees standing for all that is in them;
+        none for all outputs.
       analysis: the coupling analysis behind it all.
       unit_of_class: unit per class of the analysis, or -1.
       component_of: maps a leaf path to its component's name.
@@ -131,6 +133,7 @@ class Groups:
     guarded: tuple[np.ndarray, ...]
     released: tuple[str, ...]
     states: tuple[tuple[str, str], ...]
+    deployed: tuple[str, ...]
     analysis: Analysis
     unit_of_class: np.ndarray
     component_of: Callable[[str], str]
@@ -196,6 +199,11 @@ class Groups:
     def below(self, counts: np.ndarray) -> np.ndarray:
         """The largest allowed counts that are not above the given ones."""
         return np.where(counts >= self.sizes, self.sizes, counts // self.steps * self.steps)
+
+    @property
+    def deployed_outputs(self) -> list[int]:
+        """Positions of the outputs whose FLOPs count."""
+        return self.analysis.program.under(self.deployed or ("",))
 
     @property
     def components(self) -> tuple[str, ...]:

@@ -169,6 +169,20 @@ class Program:
         """Positions of the outputs with these tree paths; others are passed over."""
         return [i for i, path in enumerate(self.output_paths) if path in paths]
 
+    def under(self, paths: Sequence[str]) -> list[int]:
+        """Positions of the outputs with these tree paths, sub-trees standing for all that is in them."""
+        return [i for i, path in enumerate(self.output_paths) if any(_under(path, p) for p in paths)]
+
+    def needed_for(self, outputs: Sequence[int]) -> Block:
+        """The block without the equations that these outputs (positions) do not need."""
+        values = tuple(self.block.outputs[i] for i in outputs)
+        needed, equations = set(values), []
+        for eqn in reversed(self.block.equations):
+            if not needed.isdisjoint(eqn.outputs):
+                needed.update(eqn.inputs)
+                equations.append(eqn)
+        return Block(self.block.inputs, values, tuple(reversed(equations)))
+
     def states(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
         """Which outputs are the next value of which leaf.
 

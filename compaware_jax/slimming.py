@@ -9,7 +9,7 @@ needs so what comes from outside is given it at full width; a carry is then comp
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import groupby
@@ -18,18 +18,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import primitives as p
 
 from compaware_jax.analysis import Analysis
-from compaware_jax.derivatives import derivative_of, positions_of
-from compaware_jax.factors import Factor, Tracked
+from compaware_jax.derivatives import positions_of
 from compaware_jax.placement import dividing, explicit
 from compaware_jax.program import Block, Checkpoint, Equation
-from compaware_jax.propagate import analyse_seeded
 from compaware_jax.rules import REGIONS, RULES, Kept, Parts, Small
 from compaware_jax.rules.arrays import missing, scatter, small_shape, take
-from compaware_jax.trace import flatten
+from compaware_jax.small_derivatives import (
+    InseparableError,
+    cut_derivative,
+    jvp_of_zeros,
+    pulled_back,
+    vjp_of_asked,
+)
 
 
 class _OutOfReachError(Exception):
@@ -69,10 +72,6 @@ class FullWidth:
 
     uncut: dict[Equation, None] = field(default_factory=dict)
     again: dict[Equation, None] = field(default_factory=dict)
-
-
-class _InseparableError(Exception):
-    """A derivative rule ties what the plan separates, or takes inputs that have no derivative."""
 
 
 @dataclass(eq=False)
@@ -273,8 +272,8 @@ class _Run:
         analysis, alive, nested = self.analysis, self.alive, self.nested
 
         @cache
-        def derivative() -> _Derivative:
-            return _Derivative.of(eqn, analysis, alive, kept)
+        def derivative() -> tuple[Analysis, np.ndarray]:
+            return cut_derivative(eqn, analysis, alive, kept)
 
         @jax.custom_jvp
         def call(*arrays: jax.Array) -> list[jax.Array]:
@@ -282,14 +281,16 @@ class _Run:
 
         @call.defjvp
         def _(primals: Any, tangents: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-            return call(*primals), derivative().run(primals, tangents)
+            rule, alive_in_it = derivative()
+            run = _Run(rule, alive_in_it, nested=True)
+            return call(*primals), run.block(rule.program.block, [*primals, *tangents])
 
         arrays = [x.array for x in operands]
         try:
             # A rule may call its own function, so inside a rule the next derivative is not looked at
             # before somebody takes it.
-            jax.eval_shape(call if nested else partial(_jvp_of_zeros, call), *arrays)
-        except (_OutOfReachError, _InseparableError):
+            jax.eval_shape(call if nested else partial(jvp_of_zeros, call), *arrays)
+        except (_OutOfReachError, InseparableError):
             return None
         return call(*arrays)
 
@@ -317,37 +318,12 @@ class _Run:
             full = [scatter(x, index, shape) for x, (index, shape) in small]
             return [take(x, index) for x, index in zip(eqn.run(*full), kept, strict=True)]
 
-        call.defvjp(partial(_forward, un_cut), _backward, symbolic_zeros=True)
+        call.defvjp(partial(vjp_of_asked, un_cut), pulled_back, symbolic_zeros=True)
         try:
             jax.eval_shape(call, *arrays)
         except _OutOfReachError:
             return None
         return call(*arrays)
-
-
-def _forward(function: Callable[..., Any], *inputs: Any) -> tuple[Any, Any]:
-    """Results, and what `_backward` needs, with the derivatives of those inputs alone that are asked for.
-
-    A rule may refuse to be differentiated for the others.
-    """
-    asked = [(x.value,) if x.perturbed else () for x in inputs]
-
-    def of_asked(asked: list[Any]) -> Any:
-        return function(*(mine[0] if mine else x.value for mine, x in zip(asked, inputs, strict=True)))
-
-    return jax.vjp(of_asked, asked)
-
-
-def _backward(pull: Callable[..., Any], cotangents: Sequence[Any]) -> tuple[Any, ...]:
-    (asked,) = pull([_instantiated(x) for x in cotangents])
-    return tuple(mine[0] if mine else None for mine in asked)
-
-
-def _instantiated(cotangent: Any) -> Any:
-    if not isinstance(cotangent, SymbolicZero):
-        return cotangent
-    aval: Any = cotangent.aval
-    return (np.zeros if aval.dtype == jax.dtypes.float0 else jnp.zeros)(aval.shape, aval.dtype)
 
 
 def _spread(array: jax.Array, kept: Kept, shape: tuple[int, ...]) -> jax.Array:
@@ -363,58 +339,3 @@ def _spread(array: jax.Array, kept: Kept, shape: tuple[int, ...]) -> jax.Array:
 
 def _is_empty(kept: Kept) -> bool:
     return any(index is not None and len(index) == 0 for index in kept)
-
-
-def _jvp_of_zeros(call: Callable[..., Any], *arrays: jax.Array) -> Any:
-    def zero(array: jax.Array) -> Any:
-        inexact = jnp.issubdtype(array.dtype, jnp.inexact)
-        return jnp.zeros_like(array) if inexact else np.zeros(array.shape, jax.dtypes.float0)
-
-    return jax.jvp(call, arrays, tuple(map(zero, arrays)))
-
-
-@dataclass(frozen=True, eq=False)
-class _Derivative:
-    """The derivative rule of a call as a program of its own, cut as the call is."""
-
-    analysis: Analysis
-    alive: np.ndarray
-
-    @classmethod
-    def of(cls, eqn: Equation, outer: Analysis, alive: np.ndarray, kept: list[Kept]) -> _Derivative:
-        closed = derivative_of(eqn)
-        if closed is None:
-            raise _InseparableError
-        classes = outer.solution.count
-        inputs = [_by_class(outer, v) for v in eqn.inputs] * 2
-        analysis = analyse_seeded(flatten(closed, leaves=()), inputs, classes, cuts=outer.cuts)
-        labels = analysis.solution.labels[:classes]
-        survivors = alive | ~outer.free
-        alive_here = np.ones(analysis.solution.count, bool)
-        alive_here[labels[~survivors]] = False
-        # The rule must neither tie what the plan separates nor need whole what it cuts.
-        tied = alive_here[labels] != survivors
-        if tied.any() or not analysis.free[labels[~survivors]].all():
-            raise _InseparableError
-        result = cls(analysis, alive_here)
-        for value, expected in zip(analysis.program.block.outputs, kept, strict=True):
-            got = analysis.kept(value, alive_here)
-            if any(not _same(a, b) for a, b in zip(got, expected, strict=True)):
-                raise _InseparableError
-        return result
-
-    def run(self, primals: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> list[jax.Array]:
-        run = _Run(self.analysis, self.alive, nested=True)
-        return run.block(self.analysis.program.block, [*primals, *tangents])
-
-
-def _by_class(analysis: Analysis, value: int) -> Tracked:
-    """A value whose atoms are the classes that an outer analysis found."""
-    shape = analysis.program.avals[value].shape
-    labels = analysis.solution.labels
-    factors = tuple(Factor(f.axes, labels[f.ids], f.dead) for f in analysis.factors.get(value, ()))
-    return Tracked(shape, factors)
-
-
-def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    return a is b if a is None or b is None else np.array_equal(a, b)

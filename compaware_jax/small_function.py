@@ -150,7 +150,7 @@ class Uncut:
 
 
 def uncut(groups: Groups, plan: Plan) -> tuple[Uncut, ...]:
-    """What `slim` runs at full width, because running it small would not be exact.
+    """What `slim` runs at full width for the deployed outputs, because running it small would not be exact.
 
     Args:
       groups: what could leave, at the input shapes for which they were found.
@@ -182,18 +182,20 @@ def what_runs(groups: Groups, plan: Plan) -> tuple[tuple[Uncut, ...], int]:
     """
     program, record = _traced(groups, plan)
     times = dict(each_equation(groups.analysis.program.block))
+    needed = dict(each_equation(groups.analysis.program.needed_for(groups.deployed_outputs)))
     full_width = tuple(
         Uncut(eqn.where, times.get(eqn, 1) * flops_of(eqn), again)
         for equations, again in ((record.uncut, False), (record.again, True))
         for eqn in equations
-        if not (again and eqn in record.uncut)
+        if not (again and eqn in record.uncut) and (eqn in needed or eqn not in times)
     )
-    return full_width, contraction_flops(program)
+    return full_width, contraction_flops(program, groups.deployed_outputs)
 
 
 def work_in(groups: Groups) -> int:
     """FLOPs of one call of the full function, counted as `Uncut` counts them."""
-    return sum(flops_of(eqn) for eqn in groups.analysis.program.block.equations)
+    needed = groups.analysis.program.needed_for(groups.deployed_outputs)
+    return sum(flops_of(eqn) for eqn in needed.equations)
 
 
 def checked_work(groups: Groups, plan: Plan, budget: Budget) -> tuple[tuple[Uncut, ...], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from compaware_jax.program import Block, Equation, Program
@@ -45,20 +45,26 @@ def each_equation(block: Block, times: int = 1) -> Iterator[tuple[Equation, int]
                 yield from each_equation(body, times * n)
 
 
-def work_of(program: Program) -> list[Work]:
-    """The contractions and convolutions of a program, those in its loops and branches included."""
+def work_of(program: Program, outputs: Sequence[int] | None = None) -> list[Work]:
+    """The contractions and convolutions of a program, those in its loops and branches included.
+
+    Args:
+      program: the program.
+      outputs: positions of outputs; what none of them needs is not counted. None: all.
+    """
+    outputs = range(len(program.block.outputs)) if outputs is None else outputs
     return [
         Work(tuple(rule.work(eqn)), times)
-        for eqn, times in each_equation(program.block)
+        for eqn, times in each_equation(program.needed_for(outputs))
         if (rule := RULES.get(eqn.primitive)) is not None and rule.work is not None
     ]
 
 
-def contraction_flops(program: Program) -> int:
-    """FLOPs of the contractions and convolutions of a program, two per multiply-add."""
+def contraction_flops(program: Program, outputs: Sequence[int] | None = None) -> int:
+    """FLOPs of the contractions and convolutions that outputs need (None: all), two per multiply-add."""
     return sum(
         2 * work.times * math.prod(program.avals[value].shape[axis] for (value, axis), *_ in work.dimensions)
-        for work in work_of(program)
+        for work in work_of(program, outputs)
     )
 
 

@@ -84,6 +84,30 @@ def test_everything_else_is_left_as_it_is(problem):
     assert trim(same, variables, [100]) == (same, variables)
 
 
+def test_complex_leaves_take_over_too(problem):
+    """The bias turned in the complex plane: what the columns gave becomes its, as if it were real."""
+    problem, variables = problem
+    turn = 0.6 + 0.8j
+
+    def with_bias(variables, change):
+        last = variables["layer4"]
+        return {**variables, "layer4": {**last, "b": change(last["b"])}}
+
+    def apply(variables, x):
+        return problem.apply(with_bias(variables, lambda b: (b * turn).real), x)
+
+    given = with_bias(variables, lambda b: b / turn)
+    groups = ca.find_groups(apply, given, batches(0), boundary=True)
+    turned = Problem(apply, tasks.loss, batches, groups, parameter_cost(groups))
+    (_, expected), (_, start) = (
+        trim(p, v, [p.cost.total], share=0.002) for p, v in ((problem, variables), (turned, given))
+    )
+    moved = expected["layer4"]["b"] - variables["layer4"]["b"]
+    assert np.abs(moved).max() > 0.05
+    got = (start["layer4"]["b"] * turn).real - variables["layer4"]["b"]
+    np.testing.assert_allclose(got, moved, atol=0.1 * np.abs(moved).max())
+
+
 def information(problem, variables, steps):
     """Per row of the first kernel and column of the last half the mean square of its gate's slope."""
 

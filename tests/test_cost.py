@@ -9,10 +9,11 @@ import pytest
 
 import compaware_jax as ca
 from compaware_jax.cost import COSTS
-from compaware_jax.errors import BudgetError
+from compaware_jax.errors import BudgetError, TraceError
 from compaware_jax.law import random_keep
 from compaware_jax.masks import group_counts
 from compaware_jax.models import autoencoder
+from compaware_jax.small_function import what_runs
 from compaware_jax.trace import flatten
 from compaware_jax.work import contraction_flops, work_of
 from tests.models import MODELS
@@ -77,6 +78,55 @@ def test_bytes_are_those_of_each_leaf(kind):
     assert sum(x.nbytes for x in jax.tree.leaves(small)) == expected
     assert COSTS["bytes"](groups).exact(np.array([4])) == expected
     assert COSTS["bytes"](groups).total == 6 * (3 * 2 + 2 * 4 + 1) + of_key
+
+
+def test_flops_of_what_is_deployed():
+    """Of the outputs of training nothing is counted, nor what no output needs."""
+
+    def apply(v, x):
+        h = jnp.tanh(x @ v["a"])
+        _ = h @ jnp.ones((6, 99))
+        heads = {"main": h @ v["b"], "extra": {"near": h @ v["c"], "far": jnp.tanh(x @ v["d"]) @ v["e"]}}
+        return heads, h.sum()
+
+    shapes = {"a": (3, 6), "b": (6, 2), "c": (6, 4), "d": (3, 5), "e": (5, 1)}
+    variables = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    products = {"a": 3 * 6, "b": 6 * 2, "c": 6 * 4, "d": 3 * 5, "e": 5 * 1}
+    for deployed, read in {
+        (): "abcde",
+        "0/main": "ab",
+        ("0/extra",): "acde",
+        ("0/extra/far", "1"): "ade",
+        ("0", "1"): "abcde",
+    }.items():
+        groups = ca.find_groups(apply, variables, jnp.ones((1, 3)), deployed=deployed)
+        assert groups.units == 11
+        assert COSTS["flops"](groups).total == sum(2 * products[name] for name in read)
+        plan = ca.plan_units(groups, np.arange(11) % 2 == 0)
+        ran, flops = what_runs(groups, plan)
+        assert not ran
+        (kept,) = {plan.small_shape(0)[1]}
+        kept_far = plan.small_shape(3)[1]
+        left = {"a": 3 * kept, "b": kept * 2, "c": kept * 4, "d": 3 * kept_far, "e": kept_far}
+        assert flops == sum(2 * left[name] for name in read)
+    with pytest.raises(TraceError, match=r"deployed='0/mane' names no output .*'0/main'"):
+        ca.find_groups(apply, variables, jnp.ones((1, 3)), deployed=["0/mane"])
+
+
+def test_uncut_work_of_what_is_deployed():
+    """A norm of training, which runs at full width, is no work of the model that is used."""
+
+    def apply(v, x):
+        h = x @ v["a"] + v["bias"]
+        normed = h / (h - h.mean(-1, keepdims=True) + 3.0).std(-1, keepdims=True)
+        return {"used": h @ v["b"], "trained": normed @ v["b"]}
+
+    variables = {"a": jnp.ones((3, 6)), "bias": jnp.ones(6), "b": jnp.ones((6, 2))}
+    x = jnp.ones((1, 3))
+    keep = np.arange(6) < 2
+    both, used = (ca.find_groups(apply, variables, x, deployed=names) for names in ((), ("used",)))
+    assert ca.uncut(both, ca.plan_units(both, keep))
+    assert not ca.uncut(used, ca.plan_units(used, keep))
 
 
 def test_soft_cost_agrees_and_has_the_right_gradient():

@@ -76,3 +76,4 @@ def test_batch_statistics():
     ((_, kept, units),) = result.plan.counts
     assert kept < units == 8
     assert result.variables["batch_stats"]["BatchNorm_0"]["mean"].shape == (kept,)
+    assert result.costs["flops"] == (2 * 16 * 8 * 5, 2 * 16 * kept * 5)
