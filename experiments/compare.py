@@ -158,8 +158,11 @@ def random_widths(args: Args, study: Study, budget: float) -> None:
 
 
 def step_times(seed: Seed) -> dict[str, float]:
-    """Seconds per dense step and per step of the search, in turns; the first ones compile."""
-    at_once, turns = jnp.arange(20), 8
+    """Seconds per dense step and per step of the search, in turns; the first ones compile.
+
+    After ten seconds no turn begins, but for the first three.
+    """
+    at_once, turns, end = jnp.arange(20), 8, time.perf_counter() + 10.0
     search, groups = seed.config.search, seed.all_groups
     problem = Problem(seed.task.model.apply, loss, seed.task.batches, groups, parameter_cost(groups))
     found = search.build(problem)
@@ -174,6 +177,8 @@ def step_times(seed: Seed) -> dict[str, float]:
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(turns):
+        if turn >= 3 and time.perf_counter() > end:
+            break
         for name, (run, state) in compiled.items():
             start = time.perf_counter()
             jax.block_until_ready(run(state))

@@ -70,6 +70,8 @@ class Config:
       learning_rate: of those (Adam, cosine to zero).
       batch: batch size.
       seed: of everything random.
+      rivals: whether uniformly pruned and fresh models are trained beside it.
+      timing: seconds in which the models' forward passes are timed; five of each are in any case.
       name: of the folder under `out`.
       out: where runs are kept.
     """
@@ -89,6 +91,8 @@ class Config:
     learning_rate: float | None = None
     batch: int = 128
     seed: int = 0
+    rivals: bool = True
+    timing: float = 6.0
     name: str | None = None
     out: Path = Path("runs")
 
@@ -146,15 +150,18 @@ def main(config: Config) -> None:
         )
         models[label] = (small, trained, plan)
 
-    uniform = uniform_plan(channels, dense, schedule.budget)
-    fresh = task.model.init(jax.random.fold_in(task.init_key, 1))
-    rival("uniform L2", dense, uniform)
-    rival("from scratch, uniform widths", fresh, uniform)
-    rival("from scratch, our widths", fresh, result.plan)
+    if config.rivals:
+        uniform = uniform_plan(channels, dense, schedule.budget)
+        fresh = task.model.init(jax.random.fold_in(task.init_key, 1))
+        rival("uniform L2", dense, uniform)
+        rival("from scratch, uniform widths", fresh, uniform)
+        rival("from scratch, our widths", fresh, result.plan)
 
     falls = sensitivities(task, result, dense)
     rows = {n: describe((channels, groups), task, m, criteria) for n, m in models.items()}
-    times = latencies({n: m[:2] for n, m in models.items()}, task.held_out["image"][:256])
+    times = latencies(
+        {n: m[:2] for n, m in models.items()}, task.held_out["image"][:256], seconds=config.timing
+    )
     result.plan.save(folder / "plan.json")
     write_json(
         folder / "metrics.json",

@@ -121,6 +121,7 @@ def write_report(folder: Path, run: Finished) -> None:
     outputs = {
         n: jax.device_get(jax.jit(models[n][0])(models[n][1], task.held_out["image"][:2000]))
         for n in ("dense", "compressed", "uniform L2")
+        if n in models
     }
     images = {"original": np.asarray(task.held_out["image"][first])}
     images |= {n: out["image"][first] for n, out in outputs.items()}

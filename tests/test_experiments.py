@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -40,10 +41,12 @@ def run(environment):
 
 @pytest.mark.parametrize("model", ["dense", "conv"])
 def test_main_job(run, tmp_path, model):
-    steps, batch = ("60", "128") if model == "dense" else ("10", "16")
+    steps, batch, rivals = ("30", "128", True) if model == "dense" else ("10", "16", False)
     arguments = (
-        "--data", "embedded", "--model", model, "--budget", "0.3", "--batch", batch, "--dense-steps", steps,
-        "--fine-tune", steps, "--search.steps", steps, "--name", "run", "--out", str(tmp_path),
+        "--data", "embedded", "--model", model, "--budget", "0.3", "--batch", batch,
+        "--rivals" if rivals else "--no-rivals", "--timing", "0",
+        "--dense-steps", steps, "--fine-tune", steps, "--search.steps", steps,
+        "--name", "run", "--out", str(tmp_path),
     )  # fmt: skip
     output = run("mnist_autoencoder.py", *arguments)
     folder = tmp_path / "run"
@@ -52,6 +55,7 @@ def test_main_job(run, tmp_path, model):
     assert "EMBEDDED DATA" in output
     assert "EMBEDDED DATA" in metrics["data"]["note"]
     dense = metrics["models"]["dense"]["parameters"]
+    assert len(metrics["models"]) == (5 if rivals else 2)
     for name, row in metrics["models"].items():
         assert name in output
         share = row["parameters"] / dense
@@ -72,7 +76,7 @@ def test_main_job(run, tmp_path, model):
 def test_sweep(run, tmp_path):
     output = run(
         "sweep_budgets.py", "--budgets", "0.1", "0.4", "--seeds", "1", "--data", "embedded",
-        "--dense-steps", "50", "--search.steps", "50", "--fine-tune", "50", "--out", str(tmp_path),
+        "--dense-steps", "20", "--search.steps", "20", "--fine-tune", "20", "--out", str(tmp_path),
     )  # fmt: skip
     assert "compilations of the training program: 1" in output
     with (tmp_path / "sweep" / "sweep.csv").open() as file:
@@ -123,6 +127,7 @@ def test_world_model(tmp_path, monkeypatch, capsys):
         ca.at_least("PSNR (dB)", world_model.psnr_of, 1.0),
     ]
     held_out = batch | {"start": world_model.hanging(8, jax.random.key(2))}
+    monkeypatch.setattr(world_model, "latencies", partial(world_model.latencies, seconds=0.0))
     world_model.write(tmp_path, models, criteria, groups, held_out)
 
     found = json.loads((tmp_path / "metrics.json").read_text())
@@ -143,8 +148,8 @@ def test_comparison(run, tmp_path):
     """Without a peer's environment: ours, fresh models, and the table; a second run reads its cells."""
     arguments = (
         "--data", "embedded", "--seeds", "1", "--budgets", "0.1", "--rates", "2e-3",
-        "--random-widths", "1", "--random-budgets", "0.1", "--extra", "600",
-        "--dense-steps", "40", "--search.steps", "40", "--fine-tune", "40", "--out", str(tmp_path),
+        "--random-widths", "1", "--random-budgets", "0.1", "--extra", "450",
+        "--dense-steps", "20", "--search.steps", "20", "--fine-tune", "20", "--out", str(tmp_path),
     )  # fmt: skip
     first = run("compare.py", *arguments)
     folder = tmp_path / "dense-embedded"
