@@ -47,6 +47,8 @@ def constrain(
       multiple_of: kept sizes of all axes that a group cuts are multiples of this, e.g. 8 for tensor
         cores; one for all, or by pattern. A group may also stay whole.
       together: pairs of group names whose units leave index by index, as one group; pairs may share names.
+        Where a top-k or an argmax routes to experts, a gate's column and its expert are units of two
+        groups: each of them can leave without the other, and an expert that left still draws tokens.
       apart: group name to a number of parts: consecutive units that get a coefficient of their own.
       may_empty: patterns of groups of which nothing need stay, e.g. the inner channels of a block that
         its skip connection replaces.

@@ -182,7 +182,7 @@ def test_unreachable_budget_names_the_smallest():
 
 def conv(image, kernel, *, strides=(1, 1), **settings):
     layout = jax.lax.conv_dimension_numbers(image, kernel, ("NHWC", "HWIO", "NHWC"))
-    settings |= {"dimension_numbers": layout, "window_strides": strides, "padding": "VALID"}
+    settings = {"dimension_numbers": layout, "window_strides": strides, "padding": "VALID"} | settings
     return partial(jax.lax.conv_general_dilated, **settings), image, kernel
 
 
@@ -199,6 +199,10 @@ BY_HAND = {
     "dilated": (*conv((2, 9, 9, 4), (3, 3, 4, 6), rhs_dilation=(2, 2)), (2 * 5 * 5 * 6) * (3 * 3) * 4),
     "grouped": (*conv((2, 9, 9, 4), (3, 3, 2, 6), feature_group_count=2), (2 * 7 * 7 * 6) * (3 * 3) * 2),
     "depthwise": (*conv((2, 9, 9, 4), (3, 3, 1, 4), feature_group_count=4), (2 * 7 * 7 * 4) * (3 * 3)),
+    "transposed": (
+        *conv((2, 5, 4, 4), (3, 2, 4, 6), padding=[(2, 2), (1, 1)], lhs_dilation=(2, 3)),
+        (2 * 5 * 4 * 4) * (3 * 2) * 6,
+    ),
     "in a loop": (loop, (3, 4), (4, 4), 5 * 3 * 4 * 4),
 }
 

@@ -213,6 +213,49 @@ def test_activation_is_what_a_unit_passes_on():
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+def test_activation_says_where_it_does_not_look(caplog):
+    """The hidden channels of a branch are seen nowhere; those before it are."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 6), "b": (6, 5), "c": (5, 6), "d": (6, 2)}
+    variables = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+    def apply(v, x):
+        h = jnp.tanh(x @ v["a"])
+        h = jax.lax.cond(x.sum() > 0, lambda h: h + jnp.tanh(h @ v["b"]) @ v["c"], lambda h: h, h)
+        return h @ v["d"]
+
+    groups = ca.find_groups(apply, variables, np.ones((2, 3), np.float32))
+    scores = importance.activation(groups, variables, np.ones((2, 3), np.float32))
+    hidden = next(group for group in groups.groups if group.units == 5)
+    assert (scores[hidden.slice] == 0).all()
+    assert (scores > 0).sum() == 6
+    (record,) = caplog.records
+    assert f"{[hidden.name]} pass on" in record.getMessage()
+
+
+def test_a_phase_changes_no_importance():
+    """Of complex weights, and of what they pass on, the magnitude counts."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (4, 6), "b": (6, 2), "x": (5, 4)}
+    variables = {n: jnp.asarray(rng.normal(size=s) + 1j * rng.normal(size=s)) for n, s in shapes.items()}
+    x = variables.pop("x")
+    turned = jax.tree.map(lambda leaf: leaf * jnp.exp(0.7j), variables)
+    groups = ca.find_groups(lambda v, x: jnp.abs((x @ v["a"]) @ v["b"]), variables, x)
+    expected = np.sqrt(np.mean(np.abs(x @ variables["a"]) ** 2, axis=0))
+    np.testing.assert_allclose(importance.activation(groups, variables, x), expected, rtol=1e-5)
+    units = np.concatenate([variables["a"], variables["b"].T])
+    expected = [sum(np.linalg.norm(units[:, i] - units[:, j]) for j in range(6)) for i in range(6)]
+    np.testing.assert_allclose(importance.fpgm(groups, variables), expected, rtol=1e-5)
+    for score in (
+        importance.l1,
+        importance.l2,
+        importance.lamp,
+        importance.fpgm,
+        lambda g, v: importance.activation(g, v, x),
+    ):
+        np.testing.assert_allclose(score(groups, turned), score(groups, variables), rtol=1e-5)
+
+
 def test_complex_weights_have_a_real_norm():
     rng = np.random.default_rng(0)
     variables = {"a": rng.normal(size=(3, 4)) + 1j * rng.normal(size=(3, 4)), "b": rng.normal(size=(4, 2))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +12,19 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compaware_jax.groups import Groups
+from compaware_jax.importance.units import as_numbers, squared
 from compaware_jax.placement import replicated
 from compaware_jax.rules import RULES
+
+_LOG = logging.getLogger(__name__)
 
 
 def activation(groups: Groups, variables: Any, *args: Any, **kwargs: Any) -> Float[Array, " units"]:
     """Root mean square of what each unit feeds into contractions, shape (units,).
 
     Which values those are is read off the traced program: every operand of a contraction that depends
-    on the data and has the unit on one of its axes. Values inside loops and branches are not looked at.
+    on the data and has the unit on one of its axes. Values inside loops and branches are not looked at:
+    units that are seen nowhere else score zero, and their groups are warned of.
 
     Args:
       groups: what can leave.
@@ -44,12 +49,20 @@ def activation(groups: Groups, variables: Any, *args: Any, **kwargs: Any) -> Flo
                     if labels is None:
                         continue
                     units = groups.unit_of_class[labels]
-                    x = jnp.asarray(values[value], float)
-                    means = replicated(jnp.mean(x**2, tuple(a for a in range(x.ndim) if a != axis)))
+                    squares = squared(as_numbers(values[value]))
+                    others = tuple(a for a in range(squares.ndim) if a != axis)
+                    means = replicated(jnp.mean(squares, others))
                     total = total.at[units].add(means)
                     np.add.at(seen, units, 1)
         if from_data.intersection(eqn.inputs):
             from_data.update(eqn.outputs)
         results = eqn.run(*[values[v] for v in eqn.inputs])
         values.update(zip(eqn.outputs, results, strict=True))
+    unseen = [group.name for group in groups.groups if not seen[group.slice].any()]
+    if unseen:
+        _LOG.warning(
+            "activation: outside of loops and branches no contraction takes what %s pass on, so their "
+            "units score zero. Keep these groups whole (constrain), or rank by another importance.",
+            unseen,
+        )
     return jnp.sqrt(total / np.maximum(seen, 1))[:-1]

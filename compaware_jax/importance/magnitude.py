@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compaware_jax.groups import Groups
-from compaware_jax.importance.units import floats, squared, sums_over_units, unit_sum
+from compaware_jax.importance.units import as_numbers, floats, squared, sums_over_units, unit_sum
 from compaware_jax.placement import replicated
 
 
@@ -71,9 +71,9 @@ def fpgm(groups: Groups, variables: Any) -> Float[Array, " units"]:
                 rows = np.flatnonzero((units >= 0) & (groups.group_of_unit[units] == number))
                 # Units of a group hold as many indices as one another: rows of the same width.
                 rows = rows[np.argsort(units[rows], kind="stable")]
-                vectors = jnp.moveaxis(replicated(jnp.asarray(leaf, float)), axis, 0)[rows]
+                vectors = jnp.moveaxis(replicated(as_numbers(leaf)), axis, 0)[rows]
                 vectors = vectors.reshape(groups.groups[number].units, -1)
-                products = vectors @ vectors.T
+                products = (vectors @ vectors.conj().T).real
                 norms = jnp.diagonal(products)
                 squares[number] += jnp.maximum(norms[:, None] + norms[None] - 2 * products, 0.0)
     return jnp.concatenate([jnp.sqrt(s).sum(1) for s in squares]) if squares else jnp.zeros(0)

@@ -36,6 +36,11 @@ def squared(x: Any) -> Any:
     return x * x if x.dtype.kind != "c" else (x * x.conj()).real
 
 
+def as_numbers(array: Any) -> jax.Array:
+    """An array on the device as floats of the default type at least, or complex numbers of such."""
+    return jnp.asarray(array, jnp.promote_types(array.dtype, jax.dtypes.canonicalize_dtype(float)))
+
+
 def floats(values: Any) -> jax.Array:
     """As a JAX array of the default float type."""
     if isinstance(values, np.ndarray):

@@ -183,6 +183,12 @@ def _work_conv(eqn: Equation) -> list[tuple[tuple[int, int], ...]]:
     kernel: list[tuple[tuple[int, int], ...]] = [
         ((eqn.inputs[1], a),) for a in range(len(eqn.in_shapes[1])) if a != filter_axis
     ]
+    for dilation, in_axis, out_axis in zip(
+        eqn.params["lhs_dilation"], spec.lhs_spec[2:], spec.out_spec[2:], strict=True
+    ):
+        # Every tap meets each pixel once; the zeros put between them are no work.
+        if dilation > 1 and eqn.in_shapes[0][in_axis] < eqn.out_shapes[0][out_axis]:
+            out[out_axis] = ((eqn.inputs[0], in_axis),)
     if eqn.params["feature_group_count"] == 1:
         out[spec.out_spec[1]] = ((eqn.outputs[0], spec.out_spec[1]), (eqn.inputs[1], filter_axis))
     return [*out, *kernel]
