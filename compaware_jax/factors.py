@@ -39,6 +39,16 @@ class Factor:
         """Whether dead positions are exactly zero in the masked network."""
         return self.dead.zero
 
+    @property
+    def outer_first(self) -> tuple[int, ...]:
+        """The axes from the outermost to the innermost, as they lay when they were one."""
+        origin = (0,) * self.ids.ndim
+        steps = {}
+        for position, (axis, size) in enumerate(zip(self.axes, self.ids.shape, strict=True)):
+            next_one = (*origin[:position], min(1, size - 1), *origin[position + 1 :])
+            steps[axis] = abs(int(self.ids[next_one]) - int(self.ids[origin]))
+        return tuple(sorted(self.axes, key=lambda axis: -steps[axis]))
+
     def moved(self, axis_map: dict[int, int]) -> Factor:
         """The same factor with its axes renamed (and the array transposed to keep them ascending)."""
         axes = tuple(int(axis_map[a]) for a in self.axes)
@@ -50,7 +60,10 @@ class Factor:
 
 Factors = tuple[Factor, ...]
 Choice = tuple[tuple[int, ...], tuple[int, ...]]
-"""Sizes of a joint factor's axes that an operation keeps, and of those that it does away with."""
+"""Sizes of a joint factor's axes that an operation keeps, and of those that it does away with.
+
+Of a contraction: which axes it contracts, counted from the outermost, and the sizes of all from there on.
+"""
 
 
 @dataclass(frozen=True)
@@ -358,11 +371,23 @@ def _apart(ledger: Ledger, operands: Sequence[Factors]) -> list[Factors]:
 
 
 def _reconciled(ledger: Ledger, left: Factor, right: Factor, shared: set[int]) -> tuple[Factor, Factor]:
+    """Two factors collapsed so that they span the same axes, or share none."""
     for fixed, other in ((left, right), (right, left)):
         rest = [a for a in other.axes if a not in shared]
         if rest and ledger.stays(fixed.ids) and not ledger.stays(other.ids):
             other = ledger.collapse(other, rest)
             return (fixed, other) if fixed is left else (other, fixed)
+    # Of heads and channels that meet heads alone, the channels stay apart where these are what shall leave.
+    by_channels = [
+        ledger.cuts.within_heads and len(factor.axes) > 1 and {factor.outer_first[0]} == shared
+        for factor in (left, right)
+    ]
+    if any(by_channels):
+        left, right = (
+            ledger.collapse(factor, [a for a in factor.axes if a not in shared]) if mine else factor
+            for factor, mine in zip((left, right), by_channels, strict=True)
+        )
+        return left, right
     axes = sorted(shared)
     return ledger.collapse(left, axes), ledger.collapse(right, axes)
 

@@ -98,6 +98,79 @@ def test_heads_that_a_scan_adds_up_behind_a_stream_that_leaves(heads, channels):
     assert max(law_errors(apply, variables, X, keep=keep, groups=groups)) <= 1e-10
 
 
+@pytest.mark.parametrize("biased", ["q", "k", "u"])
+def test_channels_of_heads_with_a_bias_of_heads_and_channels(biased):
+    """Within heads the bias loses channels as well; its axis of heads stays."""
+    heads, channels = 2, 4
+    width = heads * channels
+
+    def apply(v, x):
+        parts = {name: (x @ v[name]).reshape(2, 5, heads, channels) for name in "qku"}
+        q, k, u = ({**parts, biased: parts[biased] + v["bias"]}[name] for name in "qku")
+        a = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+        return jnp.einsum("bhts,bshd->bthd", a, u).reshape(2, 5, -1) @ v["o"]
+
+    shapes = {**dict.fromkeys("qku", (6, width)), "bias": (heads, channels), "o": (width, 2)}
+    variables, x = drawn(shapes), RNG.normal(size=(2, 5, 6))
+    groups = ca.find_groups(apply, variables, x, within_heads=True)
+    found = {frozenset(path for path, *_ in g.axes): g.units for g in groups.groups}
+    with_bias = {"bias"}
+    of_scores, of_values = ({*"qk"} | with_bias, {*"uo"}) if biased != "u" else ({*"qk"}, {*"uo"} | with_bias)
+    assert found == {frozenset(of_scores): channels, frozenset(of_values): channels}
+    assert [(axis.path, axis.axis) for axis in groups.fixed if axis.path == "bias"] == [("bias", 0)]
+    keep = random_keep(groups, np.random.default_rng(0))
+    assert max(law_errors(apply, variables, x, keep=keep, groups=groups)) <= 1e-10
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_channels_of_heads_that_a_scan_adds_up(corrected):
+    """Also where what is added is first compared with what the state holds (the delta rule)."""
+    heads, channels = 4, 3
+
+    def apply(v, x):
+        q, k, u = ((x @ v[name]).reshape(-1, heads, channels) for name in "qku")
+
+        def step(state, now):
+            q, k, u = now
+            u = u - jnp.einsum("hd,hde->he", k, state) if corrected else u
+            state = state + k[:, :, None] * u[:, None]
+            return state, jnp.einsum("hd,hde->he", q, state)
+
+        _, mixed = lax.scan(step, jnp.zeros((heads, channels, channels)), (q, k, u))
+        return mixed.reshape(len(x), -1) @ v["o"]
+
+    width = heads * channels
+    variables = drawn({**dict.fromkeys("qku", (3, width)), "o": (width, 2)})
+    for within, together in (
+        (False, [(heads, dict.fromkeys("qkuo", channels))]),
+        (True, [(channels, dict.fromkeys("qk", heads)), (channels, dict.fromkeys("uo", heads))]),
+    ):
+        groups = ca.find_groups(apply, variables, X, within_heads=within, strict=True)
+        assert [(g.units, {path: n for path, _, n in g.axes}) for g in groups.groups] == together
+        keep = random_keep(groups, np.random.default_rng(0))
+        assert max(law_errors(apply, variables, X, keep=keep, groups=groups)) <= 1e-10
+
+
+@pytest.mark.parametrize("within_heads", [False, True])
+@pytest.mark.parametrize("rows", [False, True])
+def test_matrix_that_is_made_by_a_layer_and_multiplied_with_itself(rows, within_heads):
+    """A penalty that keeps it orthogonal must not tie its rows to its columns."""
+    n = 4
+
+    def apply(v, x):
+        h = jax.nn.relu(x @ v["in"])
+        made = (h.max(0) @ v["matrix"]).reshape(n, n)
+        gram = made @ made.T if rows else made.T @ made
+        return (h @ made) @ v["out"], jnp.sum(gram**2)
+
+    variables = drawn({"in": (3, n), "matrix": (n, n * n), "out": (n, 2)})
+    groups = ca.find_groups(apply, variables, X, within_heads=within_heads, strict=True)
+    assert [group.units for group in groups.groups] == [n, n]
+    assert sum(group.axes[0][0] == "in" for group in groups.groups) == 1
+    keep = random_keep(groups, np.random.default_rng(0))
+    assert max(law_errors(apply, variables, X, keep=keep, groups=groups)) <= 1e-10
+
+
 @pytest.mark.parametrize("boundary", [False, True])
 def test_codebooks_leave_with_the_channels_that_they_encode(boundary):
     def apply(v, x):
