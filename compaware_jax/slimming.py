@@ -242,9 +242,9 @@ class _Run:
                 self.full[last] = scatter(self.read(last), self.kept(last), shape)
             elif last in self.producers:
                 eqn = self.producers[last]
-                missing = [v for v in eqn.inputs if v not in self.full]
-                if missing:
-                    pending += missing
+                needed = [v for v in eqn.inputs if v not in self.full]
+                if needed:
+                    pending += needed
                     continue
                 self.record.again[eqn] = None
                 self.full.update(zip(eqn.outputs, eqn.run(*[self.full[v] for v in eqn.inputs]), strict=True))

@@ -60,10 +60,14 @@ def test_law_on_autoencoders(preset, boundary):
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-@given(seed=st.integers(0, 2**31), share=st.sampled_from([0.3, 0.7]), boundary=st.booleans())
-def test_law_on_random_programs(seed, share, boundary):
+@given(
+    seed=st.integers(0, 2**31),
+    share=st.sampled_from([0.3, 0.7]),
+    cut=st.sampled_from([{}, {"boundary": True}, {"within_heads": True}]),
+)
+def test_law_on_random_programs(seed, share, cut):
     apply, variables, x = random_program(seed)
-    groups = ca.find_groups(apply, variables, x, strict=True, boundary=boundary)
+    groups = ca.find_groups(apply, variables, x, strict=True, **cut)
     keep = random_keep(groups, np.random.default_rng(seed), share)
     assert max(law_errors(apply, variables, x, keep=keep, groups=groups)) <= TOLERANCE
 
