@@ -72,7 +72,8 @@ def _per_unit(groups: Groups, gates: Any, xp: Any) -> Any:
 def _masked(leaf: Any, factor: Any, xp: Any) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return leaf  # A random key is no number, and none of its axes leaves.
-    return (xp.asarray(leaf) * factor).astype(leaf.dtype)
+    with np.errstate(all="ignore"):  # What is infinite or no number is so in a program, too.
+        return (xp.asarray(leaf) * factor).astype(leaf.dtype)
 
 
 def _outer(axes: tuple[np.ndarray, ...], gates: Any, xp: Any) -> Any:

@@ -51,6 +51,14 @@ def test_on_the_host_as_in_a_program(dtype, gates):
             np.testing.assert_array_equal(np.asarray(here[name]), np.asarray(there[name]))
 
 
+def test_infinite_leaves_are_masked_without_a_word():
+    given = variables(jnp.float32) | {"last": jnp.full((4, 2), -jnp.inf)}
+    groups = ca.find_groups(apply, given, X)
+    masked = ca.apply_mask(groups, np.array([1.0, 0.0, 1.0, 1.0]), given)
+    assert np.isnan(masked["last"][1]).all()
+    assert np.isneginf(np.delete(masked["last"], 1, 0)).all()
+
+
 def test_gates_that_are_not_one_per_unit():
     given = variables(jnp.float32)
     groups = ca.find_groups(apply, given, X)

@@ -56,10 +56,10 @@ def _couple_dot(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
             )
             role = next(r for r in order if r in present)
             if role == "contract" and "free" in present:
-                order = factor.outer_first
-                contracted = tuple(n for n, a in enumerate(order) if roles[operand][a][0] == role)
-                sizes = tuple(x.shape[a] for a in order)
-                role = "free" if ledger.chosen((contracted, sizes)) else role
+                # The usual way is by what is contracted; what is passed on may free more.
+                axes = factor.outer_first
+                contracted = tuple(n for n, a in enumerate(axes) if roles[operand][a][0] == role)
+                role = "free" if ledger.chosen((contracted, tuple(x.shape[a] for a in axes))) else role
             axes = [a for a, r in zip(factor.axes, present, strict=True) if r == role]
             factor = ledger.collapse(factor, axes)
             moved = factor.moved({a: roles[operand][a][1] for a in factor.axes})
