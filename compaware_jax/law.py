@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from compaware_jax.errors import PlanError
 from compaware_jax.groups import Groups
 from compaware_jax.masks import apply_mask
 from compaware_jax.paths import named_leaves
+from compaware_jax.placement import on_host
 from compaware_jax.plan import plan_units
 from compaware_jax.small_function import cut_outputs, slim
 from compaware_jax.surgery import shrink
@@ -108,6 +110,9 @@ def law_errors(
         return outputs, slopes
 
     full = jax.jit(evaluate(apply), **options)
+    mask = partial(apply_mask, groups)
+    if not all(map(on_host, jax.tree.leaves(variables))):
+        mask = jax.jit(mask, **options)  # One program instead of several per shape.
     cuts_outputs = bool(groups.released or groups.states)
     errors = []
     for units in np.atleast_2d(keep):
@@ -119,7 +124,7 @@ def law_errors(
                 return cut_outputs(groups, plan, apply(tree, *inputs))
 
             full = jax.jit(evaluate(reference), **options)
-        masked = apply_mask(groups, np.asarray(units, float), variables)
+        masked = mask(np.asarray(units, float), variables)
         expected, expected_grad = run(reference, full, masked)
         small_apply = slimmer(apply, plan)
         small = jax.jit(evaluate(small_apply), **options)

@@ -44,7 +44,7 @@ def _check_types():
     package = "compaware_jax"
     folder = Path(importlib.util.find_spec(package).origin).parent
     texts = {path: path.read_text("utf-8") for path in folder.rglob("*.py")}
-    # To check shapes as well takes three times as long. By itself, beartype cannot read a NamedTuple's types.
+    # To check shapes as well takes longer. By itself, beartype cannot read a NamedTuple's types.
     shaped = [path for path, text in texts.items() if "jaxtyping" in text or "NamedTuple" in text]
     names = [".".join(path.relative_to(folder.parent).with_suffix("").parts) for path in shaped]
     install_import_hook(names, "beartype.beartype")

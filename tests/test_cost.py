@@ -105,7 +105,7 @@ def test_flops_of_what_is_deployed():
         plan = ca.plan_units(groups, np.arange(11) % 2 == 0)
         ran, flops = what_runs(groups, plan)
         assert not ran
-        (kept,) = {plan.small_shape(0)[1]}
+        kept = plan.small_shape(0)[1]
         kept_far = plan.small_shape(3)[1]
         left = {"a": 3 * kept, "b": kept * 2, "c": kept * 4, "d": 3 * kept_far, "e": kept_far}
         assert flops == sum(2 * left[name] for name in read)

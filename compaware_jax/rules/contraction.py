@@ -57,9 +57,10 @@ def _couple_dot(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> lis
             role = next(r for r in order if r in present)
             if role == "contract" and "free" in present:
                 # The usual way is by what is contracted; what is passed on may free more.
-                axes = factor.outer_first
-                contracted = tuple(n for n, a in enumerate(axes) if roles[operand][a][0] == role)
-                role = "free" if ledger.chosen((contracted, tuple(x.shape[a] for a in axes))) else role
+                outer_first = factor.outer_first
+                contracted = tuple(n for n, a in enumerate(outer_first) if roles[operand][a][0] == role)
+                sizes = tuple(x.shape[a] for a in outer_first)
+                role = "free" if ledger.chosen((contracted, sizes)) else role
             axes = [a for a, r in zip(factor.axes, present, strict=True) if r == role]
             factor = ledger.collapse(factor, axes)
             moved = factor.moved({a: roles[operand][a][1] for a in factor.axes})
