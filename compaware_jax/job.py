@@ -46,7 +46,7 @@ def _mark(groups: Groups) -> str:
     """A hash of the groups, of what cuts them and of what is demanded of them."""
     cuts = groups.analysis.cuts
     named = [(group.name, group.units, group.boundary) for group in groups.groups]
-    outputs = groups.released, groups.states, groups.deployed
+    outputs = groups.released, groups.states, groups.deployed_outputs
     cut = [cuts.within_heads, cuts.boundary, *sorted(map(repr, cuts.choices)), *outputs]
     limits = groups.floors, groups.ceilings, groups.steps, groups.may_empty
     return digest([np.frombuffer(repr([named, cut]).encode(), np.uint8), groups.units_of, limits])

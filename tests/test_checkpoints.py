@@ -9,12 +9,12 @@ import time
 from functools import partial
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 import compaware_jax as ca
-from compaware_jax.errors import (
-    CheckpointError,
-)
+from compaware_jax import job
+from compaware_jax.errors import CheckpointError
 from tests import tasks
 
 SCRIPT = """
@@ -94,6 +94,21 @@ def test_checkpoints_are_of_the_same_demands(trained, tmp_path):
             (variables, ca.constrain(groups, whole=groups.groups[2].name)), directory=tmp_path, fine_tune=20
         )
     tasks.compress((variables, whole), directory=tmp_path, fine_tune=20)
+
+
+def test_jobs_of_other_outputs_in_use_are_others():
+    """A budget of FLOPs is of these outputs."""
+
+    def apply(v, x):
+        h = jnp.tanh(x @ v["a"])
+        return {"used": h @ v["b"], "more": h}
+
+    variables = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    all_of_them, named, one = (
+        job._mark(ca.find_groups(apply, variables, jnp.ones((1, 3)), released=("more",), deployed=names))
+        for names in ((), ("used", "more"), ("used",))
+    )
+    assert all_of_them == named != one
 
 
 def test_checkpoints_are_of_the_same_score(trained, tmp_path):
