@@ -9,7 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-from compaware_jax.factors import USUAL, Choice, Cuts, Factor, Factors, Solution
+from compaware_jax.factors import USUAL, Choice, Cuts, Factor, Factors
+from compaware_jax.ledger import Solution
 from compaware_jax.program import Program
 from compaware_jax.rules import Kept
 

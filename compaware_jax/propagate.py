@@ -24,7 +24,9 @@ from compaware_jax.derivatives import (
     reached_in_place,
 )
 from compaware_jax.errors import UnknownPrimitiveError
-from compaware_jax.factors import USUAL, Cuts, Factor, Ledger, LooseEnd, Loosened, Solution, Tracked, combine
+from compaware_jax.factors import USUAL, Cuts, Factor, Tracked
+from compaware_jax.ledger import Ledger, LooseEnd, Loosened, Solution
+from compaware_jax.operands import combine
 from compaware_jax.program import Block, Equation, Program, is_smooth
 from compaware_jax.rules import REGIONS, RULES
 from compaware_jax.rules.families import fixed_elsewhere, zero_or_unknown

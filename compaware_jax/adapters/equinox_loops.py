@@ -15,7 +15,9 @@ from equinox.internal._primitive import _vprim_p as batched_p
 from jax.extend.core import Primitive
 
 from compaware_jax.dead import one_of
-from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.factors import Factor, Tracked
+from compaware_jax.ledger import Ledger
+from compaware_jax.operands import combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut
 from compaware_jax.rules.families import cases, dead_of, elementwise, fixed_elsewhere, passed

@@ -10,7 +10,9 @@ import numpy as np
 from jax.extend.core import primitives as p
 
 from compaware_jax.dead import UNKNOWN, ZERO
-from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.factors import Factor, Tracked
+from compaware_jax.ledger import Ledger
+from compaware_jax.operands import combine
 from compaware_jax.placement import dividing, explicit
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, intersect, small_shape, spread, vanishes

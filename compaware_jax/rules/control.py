@@ -13,7 +13,9 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from compaware_jax.dead import BLANK, ZERO, Dead, one_of
-from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.factors import Factor, Tracked
+from compaware_jax.ledger import Ledger
+from compaware_jax.operands import combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import cut, missing, scatter
 from compaware_jax.rules.families import common_value, dead_of

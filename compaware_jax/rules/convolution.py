@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.extend.core import primitives as p
 
-from compaware_jax.factors import Factor, Ledger, Tracked
+from compaware_jax.factors import Factor, Tracked
+from compaware_jax.ledger import Ledger
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, filled_up, intersect, spread, take_along, vanishes
 from compaware_jax.rules.families import fixed_elsewhere, mixed, zero_or_unknown

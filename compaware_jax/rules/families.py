@@ -14,7 +14,9 @@ import numpy as np
 from jax.extend.core import Primitive
 
 from compaware_jax.dead import BLANK, UNKNOWN, ZERO, Dead, few
-from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.factors import Factor, Tracked
+from compaware_jax.ledger import Ledger
+from compaware_jax.operands import combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut
 from compaware_jax.rules.registry import RULES, Kept, Rule, Small, register_rule

@@ -15,8 +15,10 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from compaware_jax.dead import UNKNOWN, Dead
-from compaware_jax.factors import Factor, Ledger, Tracked, combine, minimal
+from compaware_jax.factors import Factor, Tracked, minimal
 from compaware_jax.folding import look_up
+from compaware_jax.ledger import Ledger
+from compaware_jax.operands import combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, take
 from compaware_jax.rules.families import fixed_elsewhere, freed, known_start, passed

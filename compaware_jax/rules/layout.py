@@ -10,7 +10,8 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from compaware_jax.dead import BLANK
-from compaware_jax.factors import Factor, Ledger, Tracked, minimal
+from compaware_jax.factors import Factor, Tracked, minimal
+from compaware_jax.ledger import Ledger
 from compaware_jax.placement import dividing, explicit
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, small_shape

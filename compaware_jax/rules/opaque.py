@@ -11,7 +11,9 @@ from jax.extend.core import primitives as p
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from compaware_jax.dead import UNKNOWN, ZERO
-from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.factors import Factor, Tracked
+from compaware_jax.ledger import Ledger
+from compaware_jax.operands import combine
 from compaware_jax.placement import dividing
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut, filled_up

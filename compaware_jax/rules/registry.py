@@ -19,7 +19,8 @@ import numpy as np
 from jax.extend.core import Primitive
 
 from compaware_jax.errors import RequestError
-from compaware_jax.factors import Ledger, Tracked
+from compaware_jax.factors import Tracked
+from compaware_jax.ledger import Ledger
 from compaware_jax.program import Block, Equation
 
 Kept = tuple[np.ndarray | None, ...]

@@ -11,7 +11,9 @@ from jax.extend.core import Primitive
 from jax.extend.core import primitives as p
 
 from compaware_jax.dead import UNKNOWN, ZERO, Dead, one_of
-from compaware_jax.factors import Factor, Ledger, Tracked, combine
+from compaware_jax.factors import Factor, Tracked
+from compaware_jax.ledger import Ledger
+from compaware_jax.operands import combine
 from compaware_jax.program import Equation
 from compaware_jax.rules.arrays import bind, cut, filled_up
 from compaware_jax.rules.families import fixed_elsewhere, mixed, passed
