@@ -25,7 +25,7 @@ from compaware_jax.groups import Groups, Limits
 from compaware_jax.importance import Evidence, fisher, no_evidence, observe, ranks
 from compaware_jax.loop import run_once
 from compaware_jax.masks import apply_mask
-from compaware_jax.objective import ascent
+from compaware_jax.trained import descended, is_trained, value_and_gradients
 
 EVIDENCE_STEPS = 100
 CALIBRATION_STEPS = 200
@@ -44,7 +44,8 @@ def trim(
     """Let go of the boundary units that the loss hardly notices.
 
     Of every boundary group those units stay that hold, together, all but a share of the Fisher information
-    of the group's gates; the smaller the budget, the more may leave. Then the leaves that no unit reaches,
+    of the group's gates; the smaller the budget, the more may leave. (Of a group of integers alone the loss
+    tells nothing; it stays as it is.) Then the leaves that no unit reaches,
     such as the bias of an output whose kernel lost columns, are trained alone: what those columns gave is
     theirs to give now.
 
@@ -63,7 +64,7 @@ def trim(
       variables to search from. Both as they were where no group is at the boundary.
     """
     groups = problem.groups
-    at_boundary = np.array([group.boundary for group in groups.groups], bool)
+    at_boundary = np.array([group.boundary for group in groups.groups], bool) & groups.trained
     if not at_boundary.any():
         return problem, variables
     information = _information(problem, variables, steps)
@@ -97,7 +98,9 @@ def _information(problem: Problem, variables: Any, steps: int) -> Float[Array, "
 
     def see(seen: Evidence, index: jax.Array) -> tuple[Evidence, None]:
         batch = problem.batches(index)
-        gradients = jax.grad(lambda v: problem.value(problem.apply, v, batch))(variables)
+        _, gradients = value_and_gradients(
+            lambda v: (problem.value(problem.apply, v, batch), None), variables
+        )
         return observe(seen, problem.groups, variables, gradients, smoothing=1.0), None
 
     start = no_evidence(problem.groups)
@@ -121,7 +124,11 @@ def _calibrated(problem: Problem, gates: jax.Array, variables: Any, steps: int, 
         placed = dict(zip(alone, trained, strict=True))
         return jax.tree.unflatten(structure, [placed.get(i, leaf) for i, leaf in enumerate(leaves)])
 
-    alone = [i for i, axes in enumerate(problem.groups.units_of) if not any((u >= 0).any() for u in axes)]
+    alone = [
+        i
+        for i, (leaf, axes) in enumerate(zip(leaves, problem.groups.units_of, strict=True))
+        if is_trained(leaf) and not any((units >= 0).any() for units in axes)
+    ]
     rule = adam_cosine(learning_rate, steps)
 
     def value(trained: list[jax.Array], index: jax.Array) -> jax.Array:
@@ -131,8 +138,7 @@ def _calibrated(problem: Problem, gates: jax.Array, variables: Any, steps: int, 
     def step(state: Any, index: jax.Array) -> tuple[Any, jax.Array]:
         trained, moments = state
         before, gradients = jax.value_and_grad(value)(trained, index)
-        updates, moments = rule.update(ascent(gradients), moments, trained)
-        return (jax.tree.map(jnp.add, trained, updates), moments), before
+        return descended(rule, moments, trained, gradients), before
 
     def run(start: list[jax.Array]) -> list[jax.Array]:
         (trained, _), _ = jax.lax.scan(step, (start, rule.init(start)), jnp.arange(steps))

@@ -15,6 +15,7 @@ from compaware_jax.loop import digest
 from compaware_jax.objective import Batches, Loss, trainable, updated, value_and_updates
 from compaware_jax.paths import named_leaves
 from compaware_jax.trace import trace
+from compaware_jax.trained import is_trained, trained_part, value_and_gradients, with_part
 
 ASKED = (
     "It is called as f(apply, variables, batch) with the dense, the masked and the small model, and has to "
@@ -62,16 +63,20 @@ def check_trainable(variables: Any, caller: str) -> None:
     Raises:
       RequestError: says which.
     """
-    dtypes = {path: getattr(leaf, "dtype", None) for path, leaf in named_leaves(variables)}
-    wrong = [
-        path for path, dtype in dtypes.items() if dtype is None or not jnp.issubdtype(dtype, jnp.inexact)
-    ]
-    if wrong:
+    leaves = named_leaves(variables)
+    if wrong := [path for path, leaf in leaves if not hasattr(leaf, "dtype")]:
         raise RequestError(
-            f"{caller}: {wrong[:3]} are no floating-point arrays, which no gradient trains. Close over them "
-            "instead of keeping them in the variables."
+            f"{caller}: {wrong[:3]} are no arrays, expected arrays of JAX or numpy. Close over what is no "
+            "number; make arrays of numbers, jnp.asarray(leaf)."
         )
-    narrow = [f"{path} ({dtype})" for path, dtype in dtypes.items() if jnp.finfo(dtype).bits < 32]
+    trained = {path: leaf.dtype for path, leaf in leaves if is_trained(leaf)}
+    if not trained:
+        raise RequestError(
+            f"{caller}: the variables have no floating-point array, and no gradient trains others: "
+            f"{[f'{path} ({leaf.dtype})' for path, leaf in leaves][:3]}. Quantised weights are trained by a "
+            "scale, or by adapters, among the variables."
+        )
+    narrow = [f"{path} ({dtype})" for path, dtype in trained.items() if jnp.finfo(dtype).bits < 32]
     if narrow:
         raise RequestError(
             f"{caller}: {narrow[:3]} have too few bits to be trained, small steps are lost: expected float32 "
@@ -87,7 +92,7 @@ def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
 
 def not_finite(tree: Any) -> list[str]:
     """Paths of the arrays that hold values that are not finite."""
-    leaves = named_leaves(tree)
+    leaves = named_leaves(trained_part(tree))
     finite = jax.device_get(_finite([leaf for _, leaf in leaves]))
     return [path for (path, _), fine in zip(leaves, finite, strict=True) if not fine]
 
@@ -190,7 +195,8 @@ def _check_gradient(criterion: Criterion, apply: Any, variables: Any, batch: Any
         return jnp.asarray(criterion.metric(apply, variables, batch), float)
 
     def slopes(both: Any) -> Any:
-        return jax.grad(value)(*both)
+        variables, batch = both
+        return value_and_gradients(lambda v: (value(v, batch), None), variables)[1]
 
     name, told = f"{caller}: the metric of `{criterion.name}`", ""
     if not trace(value, variables, batch).leaves_read():
@@ -274,7 +280,7 @@ def marks(
 
     @jax.jit
     def values(variables: Any) -> list[Any]:
-        both = variables, jax.tree.map(nearby, variables)
+        both = variables, with_part(variables, jax.tree.map(nearby, trained_part(variables)))
         losses = [value_and_updates(loss, apply, v, first)[0] for v in both]
         return [*losses, *(c.metric(apply, v, first) for c in trainable(criteria) for v in both)]
 

@@ -28,13 +28,13 @@ from compaware_jax.objective import (
     Batches,
     Loss,
     Pressure,
-    ascent,
     constrained,
     followed,
     no_pressure,
     trainable,
     updated,
 )
+from compaware_jax.trained import descended, trained_part, value_and_gradients
 
 
 class FitState(NamedTuple):
@@ -69,16 +69,16 @@ def fit_step(
     objective = constrained(loss, criteria, steps)
 
     def init(variables: Any) -> FitState:
-        return FitState(variables, optimizer.init(variables), no_pressure(criteria))
+        return FitState(variables, optimizer.init(trained_part(variables)), no_pressure(criteria))
 
     def step(state: FitState, index: jax.Array) -> tuple[FitState, dict[str, jax.Array]]:
         def value(variables: Any) -> Any:
             return objective(apply, variables, batches(index), state.pressure)
 
-        (total, (pressure, news)), gradients = jax.value_and_grad(value, has_aux=True)(state.variables)
-        changes, optimizer_state = optimizer.update(ascent(gradients), state.optimizer, state.variables)
-        variables = updated(optax.apply_updates(state.variables, changes), news)
-        return FitState(variables, optimizer_state, pressure), {"loss": total, **followed(criteria, pressure)}
+        (total, (pressure, news)), gradients = value_and_gradients(value, state.variables)
+        variables, optimizer_state = descended(optimizer, state.optimizer, state.variables, gradients)
+        new = FitState(updated(variables, news), optimizer_state, pressure)
+        return new, {"loss": total, **followed(criteria, pressure)}
 
     return init, step
 
@@ -101,7 +101,8 @@ def fit(
 
     Args:
       apply: the function whose variables are trained.
-      variables: a pytree of float arrays, the start.
+      variables: a pytree of arrays, the start. What is not floating-point (a frozen int8 kernel, a counter,
+        a random key) changes only by the loss's updates.
       loss: ``(apply, variables, batch) -> scalar``, or ``(scalar, updates)``; see `Loss`.
       batches: ``step -> batch``, pure.
       steps: number of updates.

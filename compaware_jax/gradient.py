@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,8 @@ from compaware_jax.errors import RequestError
 from compaware_jax.importance import ranks
 from compaware_jax.loop import whole_number
 from compaware_jax.masks import apply_mask
-from compaware_jax.objective import Pressure, ascent, constrained, followed, no_pressure, updated
+from compaware_jax.objective import Pressure, constrained, followed, no_pressure, updated
+from compaware_jax.trained import descended, trained_part, value_and_gradients
 
 
 class GradientState(NamedTuple):
@@ -62,6 +63,9 @@ class GradientSearch:
     Sampling is what keeps this from starving a layer: units beyond the present edge are trained in a
     part of the steps, so the gradient sees what they would be worth, not what untrained ones are worth.
 
+    A group that holds integers alone, such as the rows of a frozen int8 kernel that read an input, has no
+    gradient: it stays whole as long as others reach the budget.
+
     Attributes:
       steps: number of steps.
       noise: standard deviation of the sampled log counts.
@@ -96,7 +100,9 @@ class GradientSearch:
 
     def build(self, problem: Problem) -> Search:
         """The search as pure functions."""
-        groups, cost = problem.groups, problem.cost
+        # No gradient would tell what a group of integers alone is worth, so it does not pay for others.
+        groups, stays = problem.groups, ~problem.groups.trained
+        cost = replace(problem.cost, least=np.where(stays, problem.cost.most, problem.cost.least))
         objective = constrained(problem.loss, problem.criteria, self.steps)
         weights_rule = optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.1))
         share_rule = optax.adam(
@@ -109,7 +115,7 @@ class GradientSearch:
             return GradientState(
                 variables=variables,
                 log_share=share,
-                optimizer=weights_rule.init(variables),
+                optimizer=weights_rule.init(trained_part(variables)),
                 share_optimizer=share_rule.init(share),
                 pressure=no_pressure(problem.criteria),
                 price=jnp.zeros(()),
@@ -126,24 +132,25 @@ class GradientSearch:
             noise = jax.random.normal(jax.random.fold_in(state.key, index), state.log_share.shape)
             sampled = on_budget(cost, state.log_share + soft * self.noise * noise, budget)
 
-            def value(log_counts: jax.Array, variables: Any) -> Any:
+            def value(both: tuple[jax.Array, Any]) -> Any:
+                log_counts, variables = both
                 gates = soft_gates(groups, jnp.exp(log_counts), rank, soft * self.edge)
                 masked = apply_mask(groups, gates, variables)
                 batch = problem.batches(index + state.offset)
                 total, (pressure, news) = objective(problem.apply, masked, batch, state.pressure)
                 return total, (pressure, news, masked)
 
-            (total, (pressure, news, seen)), (by_count, by_weight) = jax.value_and_grad(
-                value, (0, 1), has_aux=True
-            )(sampled, state.variables)
+            (total, (pressure, news, seen)), (by_count, by_weight) = value_and_gradients(
+                value, (sampled, state.variables)
+            )
             tangent, price = _tangent(cost, sampled, by_count, sampled < most - 1e-4)
 
             change: Any
             change, share_optimizer = share_rule.update(tangent, state.share_optimizer, state.log_share)
             log_share = on_budget(cost, state.log_share + change, budget) - top
-            updates, optimizer = weights_rule.update(ascent(by_weight), state.optimizer, state.variables)
+            variables, optimizer = descended(weights_rule, state.optimizer, state.variables, by_weight)
             new = GradientState(
-                variables=updated(optax.apply_updates(state.variables, updates), news, seen),
+                variables=updated(variables, news, seen),
                 log_share=log_share,
                 optimizer=optimizer,
                 share_optimizer=share_optimizer,

@@ -37,6 +37,11 @@ class Leaf:
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def trained(self) -> bool:
+        """Whether a gradient trains it: its numbers are floating-point or complex."""
+        return self.dtype.startswith(("float", "bfloat", "complex"))
+
 
 @dataclass(frozen=True)
 class Group:
@@ -195,6 +200,12 @@ class Groups:
     def steps(self) -> np.ndarray:
         """Kept counts are multiples of this, or the whole group; shape (groups,)."""
         return np.ones_like(self.sizes) if self.limits is None else self.limits.step
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Which groups hold anything that a gradient trains, boolean of shape (groups,)."""
+        paths = {leaf.path for leaf in self.leaves if leaf.trained}
+        return np.array([any(path in paths for path, *_ in group.axes) for group in self.groups], bool)
 
     def below(self, counts: np.ndarray) -> np.ndarray:
         """The largest allowed counts that are not above the given ones."""

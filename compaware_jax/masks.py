@@ -37,6 +37,8 @@ def mask(groups: Groups, gates: Num[ArrayLike, " units"], variables: Any) -> Any
 def apply_mask(groups: Groups, gates: Num[ArrayLike, " units"], variables: Any) -> Any:
     """``mask(gates) * variables``, differentiable in both.
 
+    Integers and flags, which have no values in between, are whole until their gate is closed.
+
     Args:
       groups: what can leave.
       gates: shape (units,).
@@ -72,6 +74,9 @@ def _per_unit(groups: Groups, gates: Any, xp: Any) -> Any:
 def _masked(leaf: Any, factor: Any, xp: Any) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return leaf  # A random key is no number, and none of its axes leaves.
+    if not jnp.issubdtype(leaf.dtype, np.inexact):
+        # There is nothing between an integer and zero that every reader of it would take for less.
+        return xp.where(factor > 0, xp.asarray(leaf), xp.zeros((), leaf.dtype))
     with np.errstate(all="ignore"):  # What is infinite or no number is so in a program, too.
         return (xp.asarray(leaf) * factor).astype(leaf.dtype)
 

@@ -137,14 +137,6 @@ def value_and_updates(loss: Loss, apply: Apply, variables: Any, batch: Any) -> t
     return found
 
 
-def ascent(gradients: Any) -> Any:
-    """Gradients of a real number as directions in which it rises, which is what optimizers take.
-
-    By a complex variable JAX's gradient is the conjugate of that.
-    """
-    return jax.tree.map(jnp.conj, gradients)
-
-
 def updated(variables: Any, updates: Any, seen: Any = None) -> Any:
     """The variables with the updates that a loss returned.
 
@@ -176,8 +168,16 @@ def updated(variables: Any, updates: Any, seen: Any = None) -> Any:
                 f"the loss returned an update of `{path}` of shape {jnp.shape(new)} and "
                 f"{jnp.result_type(new)}, expected {old[i].shape} and {old[i].dtype}, as the variable is."
             )
-        result[i] = new if seen is None else leaves[i] + (new - old[i])
+        result[i] = new if seen is None else _moved(leaves[i], old[i], new)
     return jax.tree.unflatten(structure, result)
+
+
+def _moved(leaf: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    """A leaf, changed as the new value is from the old one."""
+    if jnp.issubdtype(leaf.dtype, np.number):
+        return leaf + (new - old)
+    # Flags and random keys have no differences.
+    return jnp.where(new == old, leaf, new)
 
 
 def _once(apply: Apply) -> Apply:

@@ -17,7 +17,7 @@ from compaware_jax.groups import COLLECTIONS
 from compaware_jax.objective import value_and_updates
 from compaware_jax.placement import struct_of
 from compaware_jax.plan import Plan, plan_units
-from compaware_jax.program import Program
+from compaware_jax.program import Program, is_smooth
 from compaware_jax.select import keep_units
 from compaware_jax.small_function import slim
 from compaware_jax.trace import trace
@@ -85,7 +85,12 @@ def _warn_of_trained_state(program: Program) -> None:
     """Look at a traced loss, whose outputs are its value and its updates."""
     read, updated = program.leaves_read(0), {path.partition("/")[2] for path in program.output_paths[1:]}
     state = COLLECTIONS - {"params"}
-    trained = [path for path in read if path.split("/")[0] in state and path not in updated]
+    smooth = {
+        path
+        for path, value in zip(program.leaves, program.leaf_values, strict=True)
+        if is_smooth(program.avals[value])
+    }
+    trained = [p for p in read if p in smooth and p.split("/")[0] in state and p not in updated]
     if trained:
         _LOG.warning(
             "`%s`%s would be trained like a weight, because the loss reads it and returns no update of it. "

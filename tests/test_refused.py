@@ -80,17 +80,9 @@ def test_bad_input(trained, tmp_path):
 
 
 def test_requests_that_cannot_work(trained):
-    variables, _ = trained
     with pytest.raises(CriterionError, match="expected names of their own"):
         tasks.compress(trained, criteria=[tasks.BOUND, tasks.BOUND])
 
-    def counting(v, x):
-        return tasks.apply(v["w"], x) + 0 * v["count"]
-
-    tree = {"w": variables, "count": jnp.int32(3)}
-    counted = ca.find_groups(counting, tree, jnp.zeros((1, 8)))
-    with pytest.raises(RequestError, match="no floating-point arrays"):
-        ca.compress(counting, tree, tasks.loss, tasks.batches, groups=counted, budget=ca.params(0.5))
     linear = ca.find_groups(lambda v, x: x @ v, jnp.ones((8, 8)), jnp.zeros((1, 8)))
     with pytest.raises(PlanError, match="no group of this model can leave"):
         tasks.compress((jnp.ones((8, 8)), linear))

@@ -45,10 +45,11 @@ def functional(
 
     Returns:
       The function ``apply(variables, *args, **kwargs)``, which gives what ``model(*args, **kwargs)`` gives,
-      and the variables: the module with None in place of everything but floating-point arrays. With state,
-      the variables are ``{"params": ..., "state": ...}`` and the function gives the output of
+      and the variables: the module with None in place of everything but floating-point arrays. (Integers
+      are closed over: look-ups by a table that is known are followed index by index.) With state, the
+      variables are ``{"params": ..., "state": ...}`` and the function gives the output of
       ``model(*args, state, **kwargs)`` without the new state; the state has no gradient, so that `compress`
-      leaves it as it is. Counters of the state are closed over.
+      leaves it as it is.
 
     Raises:
       TraceError: the model is no Equinox module, or updates are asked for without state.
@@ -77,13 +78,13 @@ def functional(
             return eqx.combine(variables, rest)(*args, **static_kwargs, **kwargs)
 
         return apply, params
-    arrays, other = eqx.partition(state, eqx.is_inexact_array)
+    arrays, other = eqx.partition(state, eqx.is_array)
 
     def apply_with_state(variables: Any, *args: Any, **kwargs: Any) -> Any:
         called = eqx.combine(variables["params"], rest)
         still = eqx.combine(jax.lax.stop_gradient(variables["state"]), other)
         output, new = called(*args, still, **static_kwargs, **kwargs)
-        return (output, eqx.filter(new, eqx.is_inexact_array)) if updates else output
+        return (output, eqx.filter(new, eqx.is_array)) if updates else output
 
     return apply_with_state, {"params": params, "state": arrays}
 
@@ -105,7 +106,7 @@ class Slimmed(eqx.Module):
         states = [i for i, x in enumerate(args) if isinstance(x, eqx.nn.State)]
         variables = params
         if states:
-            arrays, other = eqx.partition(args[states[0]], eqx.is_inexact_array)
+            arrays, other = eqx.partition(args[states[0]], eqx.is_array)
             variables = {"params": params, "state": arrays}
             args = (*args[: states[0]], other, *args[states[0] + 1 :])
         arrays, static = split_arrays((rest, args, kwargs))
@@ -187,7 +188,7 @@ def _check(model: Any, caller: str) -> None:
 def _with_small_arrays(model: Any, plan: Plan, state: Any, small: Any, caller: str) -> tuple[Any, Any]:
     _check(model, caller)
     params, rest = eqx.partition(model, eqx.is_inexact_array)
-    arrays, other = eqx.partition(state, eqx.is_inexact_array)
+    arrays, other = eqx.partition(state, eqx.is_array)
     if small is None:
         small = shrink(params if state is None else {"params": params, "state": arrays}, plan)
     check_small(small, plan, caller)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 try:
     import haiku as hk
@@ -21,9 +18,7 @@ except ImportError as error:
 from compaware_jax.adapters.rebuilt import check_rebuilt
 from compaware_jax.errors import TraceError
 
-_LOG = logging.getLogger(__name__)
-
-__all__ = ["check_rebuilt", "functional", "params_and_state"]
+__all__ = ["check_rebuilt", "functional"]
 
 
 def functional(
@@ -51,9 +46,9 @@ def functional(
 
     Returns:
       The function ``apply(variables, *args)`` and the variables: `params` as they are, or with state
-      ``{"params": params, "state": ...}``, where the counters of the state are closed over. Only the
-      parameters have a gradient, so that `compress` leaves running means as they are. Shrunken variables
-      are the parameters (and state, see `params_and_state`) of the network built at the smaller widths.
+      ``{"params": params, "state": state}``. Only the parameters have a gradient, so that `compress` leaves
+      running means as they are. Shrunken variables are the parameters (and state) of the network built at
+      the smaller widths.
 
     Raises:
       TraceError: the model is no transformed function, or state is missing or given in vain.
@@ -77,22 +72,16 @@ def functional(
                 "functional(transformed, params, state) with both results of transformed.init."
             )
         with_state = transformed.apply
-        if updates and any(not np.any(x) for x in jax.tree.leaves(state) if _is_counter(x)):
-            _LOG.warning(
-                "haiku.functional: a counter of the state is at zero, and counters are closed over: averages "
-                "that are corrected by it would stay at their first step. Pass the state of a trained model."
-            )
 
         def apply_with_state(variables: Any, *args: Any, **kwargs: Any) -> Any:
             still = jax.lax.stop_gradient(variables["state"])
-            full = params_and_state({"params": variables["params"], "state": still}, state)
-            output, new = with_state(*full, rng, *args, **static_kwargs, **kwargs)
+            output, new = with_state(variables["params"], still, rng, *args, **static_kwargs, **kwargs)
             if not updates:
                 return output
             # A state that is written but not read (an average, in training) is tied to its next value too.
-            return output, jax.tree.map(lambda o, n: jax.lax.select(True, n, o), still, _floating(new))
+            return output, jax.tree.map(lambda o, n: jax.lax.select(True, n, o), still, new)
 
-        return apply_with_state, {"params": params, "state": _floating(state)}
+        return apply_with_state, {"params": params, "state": state}
     if not isinstance(transformed, hk.Transformed):
         raise TraceError(
             f"haiku.functional: got a {type(transformed).__name__}, expected what hk.transform or "
@@ -112,30 +101,3 @@ def functional(
         return plain(variables, *keys, *args, **static_kwargs, **kwargs)
 
     return apply, params
-
-
-def params_and_state(variables: Any, state: Any) -> tuple[Any, Any]:
-    """Parameters and state for ``transformed.apply``, from variables with state.
-
-    Args:
-      variables: variables of `functional`, or what `shrink` or `compress` made of them.
-      state: the state that `functional` was given, whose counters are filled in.
-
-    Returns:
-      The parameters and the state.
-    """
-    full = jax.tree.map(
-        lambda part, whole: whole if part is None else part,
-        variables["state"],
-        state,
-        is_leaf=lambda x: x is None,
-    )
-    return variables["params"], full
-
-
-def _is_counter(leaf: Any) -> bool:
-    return not jnp.issubdtype(jax.dtypes.result_type(leaf), np.inexact)
-
-
-def _floating(state: Any) -> Any:
-    return jax.tree.map(lambda x: None if _is_counter(x) else x, state)

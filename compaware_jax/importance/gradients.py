@@ -11,19 +11,37 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from compaware_jax.groups import Groups
 from compaware_jax.importance.units import squared, unit_sum
 from compaware_jax.masks import apply_mask
+from compaware_jax.trained import is_trained
 
 Value = Callable[[Any], Array]
 """``variables -> scalar``, differentiable."""
 
 
 def gate_gradients(groups: Groups, variables: Any, gradients: Any) -> Float[Array, " units"]:
-    """The loss' derivative by each gate at one: sum of weight times gradient, shape (units,)."""
-    return unit_sum(groups, jax.tree.map(lambda w, g: (w * g).real, variables, gradients))
+    """The loss' derivative by each gate at one: sum of weight times gradient, shape (units,).
+
+    Args:
+      groups: what can leave.
+      variables: the weights.
+      gradients: the loss gradients at them, a pytree like the variables. What stands in the places of
+        integers and flags, such as ``jax.grad(..., allow_int=True)`` puts there, is not looked at.
+    """
+    return unit_sum(groups, _where_trained(lambda w, g: (w * g).real, variables, gradients))
+
+
+def _where_trained(of: Callable[[Any, Any], Any], variables: Any, gradients: Any) -> Any:
+    """A function of each leaf and its gradient; zeros for what has none."""
+
+    def value(leaf: Any, gradient: Any) -> Any:
+        return of(leaf, gradient) if is_trained(leaf) else np.zeros(leaf.shape, np.float32)
+
+    return jax.tree.map(value, variables, gradients)
 
 
 def taylor(groups: Groups, variables: Any, gradients: Any) -> Float[Array, " units"]:
@@ -61,7 +79,7 @@ def taylor2(groups: Groups, loss: Value, variables: Any, *, at_once: int = 8) ->
     References:
       Molchanov et al., arXiv 1906.10771 (second-order form), with the exact curvature of gates.
     """
-    slopes = gate_gradients(groups, variables, jax.grad(loss)(variables))
+    slopes = gate_gradients(groups, variables, jax.grad(loss, allow_int=True)(variables))
     return jnp.abs(0.5 * curvature(groups, loss, variables, at_once=at_once) - slopes)
 
 
@@ -112,7 +130,7 @@ def observe(
     Returns:
       The new evidence.
     """
-    norm = jnp.sqrt(unit_sum(groups, gradients, squared))
+    norm = jnp.sqrt(unit_sum(groups, _where_trained(lambda w, g: g, variables, gradients), squared))
     slope = gate_gradients(groups, variables, gradients)
     steps = evidence.steps + 1
     weight = 1 / steps if smoothing == 1 else (1 - smoothing) / (1 - smoothing**steps)

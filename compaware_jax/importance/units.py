@@ -57,7 +57,8 @@ def sums_over_units(groups: Groups, tree: Any, of: Callable[[Any], Any]) -> np.n
     sums, places = [xp.zeros(0)], [np.zeros(0, int)]
     for leaf, axes in zip(leaves, groups.units_of, strict=True):
         wanted = [axis for axis, units in enumerate(axes) if units.max(initial=-1) >= 0]
-        sums += (_host_sums if xp is np else _device_sums)(leaf, wanted, of)
+        if wanted:
+            sums += (_host_sums if xp is np else _device_sums)(leaf, wanted, of)
         places += [axes[axis] for axis in wanted]
     # What belongs to no unit is counted first, and dropped.
     together, where = xp.concatenate(sums), np.concatenate(places) + 1
@@ -84,8 +85,6 @@ _BLOCK = 2**17
 
 def _host_sums(leaf: Any, wanted: Sequence[int], of: Callable[[Any], Any]) -> list[np.ndarray]:
     """Sums over all axes but one, for each of the wanted ones, in one pass over the array."""
-    if not wanted:
-        return []
     array, dtype = np.asarray(leaf), _wide(leaf.dtype)
     shape = array.shape
     if len(shape) == 1:
