@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from compaware_jax.criteria import Criterion
 from compaware_jax.errors import CompawareError, CriterionError, RequestError, TraceError, gist
@@ -51,10 +53,48 @@ def checked_rate(rate: Any, name: str, *, zero: bool = False) -> float:
     if number is None or number.shape != () or not (0 < number < np.inf or (zero and number == 0)):
         least = "zero or above" if zero else "above zero"
         raise RequestError(
-            f"{name}={rate!r}, expected a finite number, {least}: it falls on a cosine. For "
-            "another schedule or optimizer, train with a loop of your own; find_plan is the search alone."
+            f"{name}={rate!r}, expected a finite number, {least}: it falls on a cosine. For another "
+            "schedule pass an optimizer that has it, such as optimizer=optax.adamw(schedule)."
         )
     return float(number)
+
+
+def optimizer_mark(optimizer: Any, variables: Any, caller: str) -> str | None:
+    """What tells an optimizer from others: a hash of the program of its first step; None of None.
+
+    Raises:
+      RequestError: it is no optimizer, or none of these variables.
+    """
+    if optimizer is None:
+        return None
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise RequestError(
+            f"{caller}: optimizer={optimizer!r}, expected an optax.GradientTransformation, such as "
+            "optax.adamw(1e-3)."
+        )
+
+    def first(part: Any) -> Any:
+        state = optimizer.init(part)
+        return state, optimizer.update(part, state, part)[1]
+
+    try:
+        program, states = jax.make_jaxpr(first, return_shape=True)(trained_part(variables))
+    except Exception as error:
+        raise RequestError(
+            f"{caller}: the optimizer fails ({gist(error)}). Expected one that is called as "
+            "update(gradients, state, variables), on pytrees like the variables with None in place of what "
+            "is not floating-point. Whatever needs more than that needs a loop of your own; find_plan is the "
+            "search alone."
+        ) from error
+    before, after = (jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in states)
+    if before != after:
+        raise RequestError(
+            f"{caller}: the optimizer's state has other shapes or dtypes after a step, expected those that "
+            "its init makes, as with the optimizers of optax."
+        )
+    # Functions in it, as of custom derivatives, are printed with their addresses.
+    text = re.sub(r"0x[0-9a-f]+", "", str(program))
+    return digest([np.frombuffer(text.encode(), np.uint8), *program.consts])
 
 
 def check_trainable(variables: Any, caller: str) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
-from compaware_jax.checks import checked_rate
+from compaware_jax.checks import checked_rate, optimizer_mark
 from compaware_jax.coefficients import Score, SearchMethod
 from compaware_jax.cost import Budget
 from compaware_jax.criteria import Apply, Criterion, Verdict, measure
@@ -95,6 +96,7 @@ def compress(
     score: Score = l2,
     fine_tune: int = 10_000,
     learning_rate: float = 2e-3,
+    optimizer: optax.GradientTransformation | None = None,
     key: jax.Array | None = None,
     directory: str | os.PathLike[str] | None = None,
     allow_failing: bool = False,
@@ -126,6 +128,7 @@ def compress(
         that need data have it from around them: ``lambda groups, v: importance.taylor(groups, v, grad(v))``.
       fine_tune: steps of the last phase.
       learning_rate: of the last phase (Adam, cosine to zero).
+      optimizer: of the last phase, in place of that Adam; see `fit`.
       key: source of randomness; default ``jax.random.key(0)``.
       directory: where to keep checkpoints; started again with the same arguments after a kill, the
         result is the same bit for bit. None for none.
@@ -147,6 +150,7 @@ def compress(
     """
     fine_tune = whole_number(fine_tune, "compress: fine_tune")
     learning_rate = checked_rate(learning_rate, "compress: learning_rate")
+    optimizer_mark(optimizer, variables, "compress")
     problem = problem_of(apply, loss, batches, groups, budget, criteria, score)
     before = check_request(problem, variables, held_out, allow_failing=allow_failing, caller="compress")
     folder = None if directory is None else folder_of(directory, "compress")
@@ -170,6 +174,7 @@ def compress(
         batches,
         fine_tune,
         learning_rate=learning_rate,
+        optimizer=optimizer,
         criteria=problem.criteria,
         label="fine-tune",
         directory=folder and folder / "fine-tune",

@@ -1,4 +1,4 @@
-"""Training any function of variables: Adam on a cosine, criteria as constraints."""
+"""Training any function of variables: Adam on a cosine unless told otherwise, criteria as constraints."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from compaware_jax.checks import (
     checked_rate,
     marks,
     not_finite,
+    optimizer_mark,
 )
 from compaware_jax.criteria import Apply, Criterion
 from compaware_jax.errors import DivergenceError
@@ -91,13 +92,14 @@ def fit(
     steps: int,
     *,
     learning_rate: float = 1e-3,
+    optimizer: optax.GradientTransformation | None = None,
     criteria: Sequence[Criterion] = (),
     label: str = "fit",
     directory: str | os.PathLike[str] | None = None,
     job: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> tuple[Any, dict[str, np.ndarray]]:
-    """Train variables with Adam on a cosine, resumably.
+    """Train variables, resumably: with Adam on a cosine, or with any optimizer.
 
     Args:
       apply: the function whose variables are trained.
@@ -106,7 +108,8 @@ def fit(
       loss: ``(apply, variables, batch) -> scalar``, or ``(scalar, updates)``; see `Loss`.
       batches: ``step -> batch``, pure.
       steps: number of updates.
-      learning_rate: at the start; it falls to zero on a cosine.
+      learning_rate: of Adam at the start; it falls to zero on a cosine.
+      optimizer: in place of that Adam, schedule included, e.g. ``optax.contrib.muon(schedule)``.
       criteria: constraints, by Lagrangian: they weigh the more, the longer they fail.
       label: what the progress bar says.
       directory: for checkpoints; None for none.
@@ -140,6 +143,7 @@ def fit(
         batches,
         steps,
         learning_rate=learning_rate,
+        optimizer=optimizer,
         criteria=criteria,
         label=label,
         directory=directory,
@@ -156,6 +160,7 @@ def tuned(
     steps: int,
     *,
     learning_rate: float,
+    optimizer: optax.GradientTransformation | None,
     criteria: Sequence[Criterion],
     label: str,
     directory: str | os.PathLike[str] | None,
@@ -164,11 +169,13 @@ def tuned(
 ) -> tuple[Any, dict[str, np.ndarray]]:
     """`fit` of what is checked."""
     steps = whole_number(steps, f"{label}: steps")
-    init, step = fit_step(apply, loss, batches, adam_cosine(learning_rate, steps), criteria, steps=steps)
+    mark = optimizer_mark(optimizer, variables, label)
+    rule = adam_cosine(learning_rate, steps) if optimizer is None else optimizer
+    init, step = fit_step(apply, loss, batches, rule, criteria, steps=steps)
     if directory is not None:
         job = {
             "start": digest(variables),
-            "learning_rate": learning_rate,
+            **({"learning_rate": learning_rate} if mark is None else {"optimizer": mark}),
             "criteria": [str(c) for c in trainable(criteria)],
             **(job or {}),
         }

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from compaware_jax.boundary import trim
-from compaware_jax.checks import checked_rate, not_finite
+from compaware_jax.checks import checked_rate, not_finite, optimizer_mark
 from compaware_jax.coefficients import Problem, Score, Search, SearchMethod
 from compaware_jax.cost import COSTS, Budget, check_budget
 from compaware_jax.criteria import Apply, Criterion, Verdict
@@ -109,14 +110,14 @@ class _Lanes:
       search: the search for it.
       limits: the cost that each lane aims at.
       fine_tune: steps of the last phase.
-      learning_rate: of the last phase.
+      rule: optimizer of the last phase.
     """
 
     problem: Problem
     search: Search
     limits: tuple[int, ...]
     fine_tune: int
-    learning_rate: float
+    rule: optax.GradientTransformation
 
     @property
     def steps(self) -> int:
@@ -165,8 +166,7 @@ class _Lanes:
         def batches(index: jax.Array) -> Any:
             return problem.batches(index + offset)
 
-        rule = adam_cosine(self.learning_rate, self.fine_tune)
-        return fit_step(masked, problem.loss, batches, rule, problem.criteria, steps=self.fine_tune)
+        return fit_step(masked, problem.loss, batches, self.rule, problem.criteria, steps=self.fine_tune)
 
     def _searched(self, state: _State, index: jax.Array) -> tuple[_State, dict[str, jax.Array]]:
         new, info = jax.vmap(self.search.step, in_axes=(0, None))(state.search, index)
@@ -195,6 +195,7 @@ def sweep(
     score: Score = l2,
     fine_tune: int = 2_000,
     learning_rate: float = 2e-3,
+    optimizer: optax.GradientTransformation | None = None,
     key: jax.Array | None = None,
     directory: str | os.PathLike[str] | None = None,
     allow_failing: bool = False,
@@ -221,6 +222,7 @@ def sweep(
       score: ranks units within their group; see `compress`.
       fine_tune: steps of the last phase, fewer than those of `compress`: they run at full width.
       learning_rate: of the last phase.
+      optimizer: of the last phase, see `fit`.
       key: source of randomness; default ``jax.random.key(0)``.
       directory: where to keep checkpoints; None for none.
       allow_failing: go on although the dense model fails a criterion.
@@ -243,6 +245,8 @@ def sweep(
     seeds = whole_number(seeds, "sweep: seeds", least=1)
     fine_tune = whole_number(fine_tune, "sweep: fine_tune")
     learning_rate = checked_rate(learning_rate, "sweep: learning_rate")
+    mark = optimizer_mark(optimizer, variables, "sweep")
+    rule = adam_cosine(learning_rate, fine_tune) if optimizer is None else optimizer
     kinds = {budget.cost for budget in budgets}
     if len(kinds) != 1:
         raise BudgetError(
@@ -257,9 +261,8 @@ def sweep(
     job = {} if directory is None else describe_request(problem, variables, method, before)
     problem, start = trim(problem, variables, list(limits.values()))
     asked = [(budget, seed) for budget in budgets for seed in range(seeds)]
-    lanes = _Lanes(
-        problem, method.build(problem), tuple(limits[budget] for budget, _ in asked), fine_tune, learning_rate
-    )
+    goals = tuple(limits[budget] for budget, _ in asked)
+    lanes = _Lanes(problem, method.build(problem), goals, fine_tune, rule)
     state, _ = run_steps(
         lanes.step,
         lanes.init(start, asked, key),
@@ -273,7 +276,7 @@ def sweep(
             "budgets": [[b.cost, b.fraction] for b in budgets],
             "seeds": seeds,
             "key": np.asarray(jax.random.key_data(key)),
-            "fine_tune": [fine_tune, learning_rate],
+            "fine_tune": [fine_tune, mark or learning_rate],
         },
         progress=progress,
     )
