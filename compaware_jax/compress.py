@@ -11,21 +11,21 @@ import jax
 import numpy as np
 import optax
 
-from compaware_jax.checks import checked_rate, optimizer_mark
-from compaware_jax.coefficients import Score, SearchMethod
 from compaware_jax.cost import Budget
-from compaware_jax.criteria import Apply, Criterion, Verdict, measure
-from compaware_jax.fit import tuned
-from compaware_jax.groups import Groups
+from compaware_jax.coupling.groups import Groups
 from compaware_jax.importance import l2
-from compaware_jax.loop import folder_of, whole_number
-from compaware_jax.objective import Batches, Loss
-from compaware_jax.plan import Plan, component_table
-from compaware_jax.request import check_request
-from compaware_jax.search import Found, describe_search, problem_of, run_search
-from compaware_jax.small_function import Uncut, checked_work, costs_left, slim
-from compaware_jax.surgery import shrink
+from compaware_jax.search.coefficients import Score, SearchMethod
+from compaware_jax.search.find import Found, describe_search, problem_of, run_search
+from compaware_jax.search.request import check_request
+from compaware_jax.surgery.plan import Plan, component_table
+from compaware_jax.surgery.small_function import Uncut, checked_work, costs_left, slim
+from compaware_jax.surgery.trees import shrink
 from compaware_jax.tables import text_table
+from compaware_jax.training.checks import checked_rate, optimizer_mark
+from compaware_jax.training.criteria import Apply, Criterion, Verdict, measure
+from compaware_jax.training.fit import tuned
+from compaware_jax.training.loop import folder_of, whole_number
+from compaware_jax.training.objective import Batches, Loss
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from compaware_jax.coupling.groups import Group, Groups, Limits, check_groups, parameters_held
 from compaware_jax.errors import BudgetError
-from compaware_jax.groups import Group, Groups, Limits, check_groups, parameters_held
 
 Amount = int | float | np.number | jax.Array
 """A number of units (integers), or a share of a group (floats), be it of Python, numpy or JAX."""

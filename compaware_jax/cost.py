@@ -18,9 +18,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num
 
+from compaware_jax.coupling.groups import Groups
+from compaware_jax.coupling.work import work_of
 from compaware_jax.errors import BudgetError
-from compaware_jax.groups import Groups
-from compaware_jax.work import work_of
 
 
 @dataclass(frozen=True, eq=False)

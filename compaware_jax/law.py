@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compaware_jax.coupling.groups import Groups
 from compaware_jax.errors import PlanError
-from compaware_jax.groups import Groups
 from compaware_jax.masks import apply_mask
 from compaware_jax.paths import named_leaves
 from compaware_jax.placement import on_host
-from compaware_jax.plan import plan_units
-from compaware_jax.small_function import cut_outputs, slim
-from compaware_jax.surgery import shrink
+from compaware_jax.surgery.plan import plan_units
+from compaware_jax.surgery.small_function import cut_outputs, slim
+from compaware_jax.surgery.trees import shrink
 
 
 def random_keep(groups: Groups, rng: np.random.Generator, share: float = 0.5) -> np.ndarray:

@@ -10,8 +10,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 
+from compaware_jax.coupling.groups import Groups
 from compaware_jax.errors import PlanError
-from compaware_jax.groups import Groups
 from compaware_jax.placement import on_host, place_of
 
 

@@ -20,9 +20,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from compaware_jax.groups import Groups
-from compaware_jax.plan import Plan
-from compaware_jax.small_function import uncut, work_in
+from compaware_jax.coupling.groups import Groups
+from compaware_jax.surgery.plan import Plan
+from compaware_jax.surgery.small_function import uncut, work_in
 from compaware_jax.tables import is_number
 
 # Okabe and Ito's palette: told apart by readers with any colour vision.

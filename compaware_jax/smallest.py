@@ -11,12 +11,12 @@ import numpy as np
 
 from compaware_jax.compress import Result, compress
 from compaware_jax.cost import COSTS, Budget
-from compaware_jax.criteria import Apply, Criterion, Verdict
+from compaware_jax.coupling.groups import Groups, check_groups
 from compaware_jax.errors import BudgetError, CriterionError, RequestError
-from compaware_jax.groups import Groups, check_groups
-from compaware_jax.loop import folder_of
-from compaware_jax.objective import Batches, Loss
 from compaware_jax.tables import text_table
+from compaware_jax.training.criteria import Apply, Criterion, Verdict
+from compaware_jax.training.loop import folder_of
+from compaware_jax.training.objective import Batches, Loss
 
 
 class Attempt(NamedTuple):

@@ -13,31 +13,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from compaware_jax.boundary import trim
-from compaware_jax.checks import checked_rate, not_finite, optimizer_mark
-from compaware_jax.coefficients import Problem, Score, Search, SearchMethod
 from compaware_jax.cost import COSTS, Budget, check_budget
-from compaware_jax.criteria import Apply, Criterion, Verdict
+from compaware_jax.coupling.groups import Groups
 from compaware_jax.errors import BudgetError
-from compaware_jax.fit import FitState, adam_cosine, fit_step
-from compaware_jax.groups import Groups
 from compaware_jax.importance import l2
-from compaware_jax.job import describe_request
-from compaware_jax.loop import run_steps, whole_number
 from compaware_jax.masks import apply_mask
-from compaware_jax.objective import Batches, Loss
-from compaware_jax.plan import Plan, plan_units
-from compaware_jax.request import (
+from compaware_jax.search.boundary import trim
+from compaware_jax.search.coefficients import Problem, Score, Search, SearchMethod
+from compaware_jax.search.job import describe_request
+from compaware_jax.search.request import (
     check_asked,
     check_request,
     checked_criteria,
     checked_key,
     checked_search,
 )
-from compaware_jax.select import keep_units, round_counts
-from compaware_jax.small_function import checked_work, costs_left
-from compaware_jax.surgery import shrink
+from compaware_jax.search.select import keep_units, round_counts
+from compaware_jax.surgery.plan import Plan, plan_units
+from compaware_jax.surgery.small_function import checked_work, costs_left
+from compaware_jax.surgery.trees import shrink
 from compaware_jax.tables import text_table
+from compaware_jax.training.checks import checked_rate, not_finite, optimizer_mark
+from compaware_jax.training.criteria import Apply, Criterion, Verdict
+from compaware_jax.training.fit import FitState, adam_cosine, fit_step
+from compaware_jax.training.loop import run_steps, whole_number
+from compaware_jax.training.objective import Batches, Loss
 
 _LOG = logging.getLogger(__name__)
 

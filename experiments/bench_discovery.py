@@ -36,7 +36,7 @@ import tyro
 
 import compaware_jax as ca
 from compaware_jax.importance import l2
-from compaware_jax.select import keep_units
+from compaware_jax.search.select import keep_units
 from compaware_jax.tables import text_table
 
 HERE = Path(__file__).parent

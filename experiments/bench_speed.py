@@ -23,7 +23,7 @@ import tyro
 import compaware_jax as ca
 from compaware_jax.cost import flop_cost, parameter_cost
 from compaware_jax.importance import l2
-from compaware_jax.select import keep_units, uniform_counts
+from compaware_jax.search.select import keep_units, uniform_counts
 from compaware_jax.tables import text_table
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -40,12 +40,12 @@ from mnist_task import loss
 from protocol import Candidate, Config, Method, Seed, Study, interval
 from torch_rivals import RIVALS, Kept, channels, torch_rivals
 
-from compaware_jax.boundary import CALIBRATION_STEPS, EVIDENCE_STEPS
-from compaware_jax.coefficients import Problem
 from compaware_jax.cost import parameter_cost
-from compaware_jax.fit import adam_cosine, fit_step
 from compaware_jax.report import save_figures, trade_off_figure
+from compaware_jax.search.boundary import CALIBRATION_STEPS, EVIDENCE_STEPS
+from compaware_jax.search.coefficients import Problem
 from compaware_jax.tables import markdown_table
+from compaware_jax.training.fit import adam_cosine, fit_step
 
 OURS, CHANNELS = "ours", "ours, channels only"
 OURS_ON = "ours, after more dense steps"

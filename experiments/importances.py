@@ -25,8 +25,8 @@ from protocol import Candidate, Config, Seed, Study, interval
 
 import compaware_jax as ca
 from compaware_jax import importance
-from compaware_jax.boundary import EVIDENCE_STEPS
-from compaware_jax.select import keep_units
+from compaware_jax.search.boundary import EVIDENCE_STEPS
+from compaware_jax.search.select import keep_units
 from compaware_jax.tables import markdown_table
 
 

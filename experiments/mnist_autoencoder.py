@@ -46,7 +46,7 @@ from mnist_task import (
 import compaware_jax as ca
 from compaware_jax.cost import COSTS
 from compaware_jax.importance import group_ablation, l2
-from compaware_jax.plan import component_table
+from compaware_jax.surgery.plan import component_table
 from compaware_jax.tables import text_table
 
 

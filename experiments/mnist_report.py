@@ -14,7 +14,6 @@ from mnist_task import Preset, Task, psnr_of, uniform_plan
 
 import compaware_jax as ca
 from compaware_jax.cost import COSTS
-from compaware_jax.plan import component_table
 from compaware_jax.report import (
     Section,
     html_report,
@@ -24,7 +23,8 @@ from compaware_jax.report import (
     trajectory_figure,
     whole_sections,
 )
-from compaware_jax.select import keep_units, round_counts
+from compaware_jax.search.select import keep_units, round_counts
+from compaware_jax.surgery.plan import component_table
 
 
 def untuned(

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import compaware_jax as ca
-from compaware_jax.coefficients import SearchMethod
 from compaware_jax.cost import parameter_cost
-from compaware_jax.criteria import measure
 from compaware_jax.data import ImageSet, fashion_mnist, mnist, resident, whole
 from compaware_jax.importance import l2
 from compaware_jax.metrics import knn_accuracy, linear_accuracy, psnr, ssim, worst_class_psnr
 from compaware_jax.models import Autoencoder, autoencoder
-from compaware_jax.select import keep_units, uniform_counts
+from compaware_jax.search.coefficients import SearchMethod
+from compaware_jax.search.select import keep_units, uniform_counts
+from compaware_jax.training.criteria import measure
 
 Data = Literal["auto", "tfds", "embedded", "fashion"]
 Preset = Literal["dense", "conv"]

@@ -27,12 +27,12 @@ from mnist_task import SCHEDULES, Data, Preset, Schedule, Task, loss, psnr_of, u
 from scipy import stats
 
 import compaware_jax as ca
-from compaware_jax.coefficients import on_budget
 from compaware_jax.cost import parameter_cost
-from compaware_jax.fit import adam_cosine, fit_step
-from compaware_jax.groups import Groups
+from compaware_jax.coupling.groups import Groups
 from compaware_jax.importance import l2
-from compaware_jax.select import keep_units, round_counts
+from compaware_jax.search.coefficients import on_budget
+from compaware_jax.search.select import keep_units, round_counts
+from compaware_jax.training.fit import adam_cosine, fit_step
 
 CHUNK = 500
 

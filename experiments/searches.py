@@ -20,7 +20,7 @@ import tyro
 from protocol import Candidate, Config, Seed, Study
 
 import compaware_jax as ca
-from compaware_jax.coefficients import SearchMethod
+from compaware_jax.search.coefficients import SearchMethod
 from compaware_jax.tables import markdown_table
 
 

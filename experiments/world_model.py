@@ -32,11 +32,11 @@ from mnist_task import latencies, uniform_plan
 from pendulum import Apply, Batch, WorldModel, apply, batches, control, swing_up
 
 import compaware_jax as ca
-from compaware_jax.criteria import measure
 from compaware_jax.metrics import psnr
-from compaware_jax.plan import component_table
 from compaware_jax.report import STYLE, WIDTH, save_figures
+from compaware_jax.surgery.plan import component_table
 from compaware_jax.tables import text_table
+from compaware_jax.training.criteria import measure
 
 Application = Literal["both", "control", "prediction"]
 UPRIGHT, PSNR = "upright", "PSNR (dB)"

@@ -30,7 +30,7 @@ import tyro
 import compaware_jax as ca
 from compaware_jax.cost import parameter_cost
 from compaware_jax.law import law_errors, random_keep
-from compaware_jax.small_function import work_in
+from compaware_jax.surgery.small_function import work_in
 from compaware_jax.tables import markdown_table, text_table
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -13,9 +13,9 @@ from flax import linen, nnx
 from jaxtyping import TypeCheckError
 
 import compaware_jax as ca
+from compaware_jax.coupling.model_objects import check_function
 from compaware_jax.errors import PlanError, TraceError
 from compaware_jax.law import law_errors
-from compaware_jax.model_objects import check_function
 
 RNG = np.random.default_rng(0)
 

@@ -9,10 +9,10 @@ from flax import linen as nn
 from flax.core import freeze
 
 import compaware_jax as ca
-from compaware_jax.coefficients import Problem
 from compaware_jax.cost import parameter_cost
 from compaware_jax.errors import TraceError
-from compaware_jax.loop import run_steps
+from compaware_jax.search.coefficients import Problem
+from compaware_jax.training.loop import run_steps
 
 MOMENTUM = 0.9
 

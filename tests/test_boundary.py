@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import compaware_jax as ca
-from compaware_jax.boundary import trim
-from compaware_jax.coefficients import Problem
 from compaware_jax.cost import parameter_cost
+from compaware_jax.search.boundary import trim
+from compaware_jax.search.coefficients import Problem
 from tests import tasks
 
 LIVE, DEAD = 8, 6

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import pytest
 
 import compaware_jax as ca
-from compaware_jax import job
 from compaware_jax.errors import CheckpointError
+from compaware_jax.search import job
 from tests import tasks
 
 SCRIPT = """

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import compaware_jax as ca
-from compaware_jax.coefficients import Problem, on_budget, soft_gates
 from compaware_jax.cost import parameter_cost
 from compaware_jax.errors import RequestError
-from compaware_jax.gradient import _tangent
 from compaware_jax.importance import ranks
-from compaware_jax.loop import run_steps
-from compaware_jax.objective import Pressure, constrained, no_pressure
+from compaware_jax.search.coefficients import Problem, on_budget, soft_gates
+from compaware_jax.search.gradient import _tangent
+from compaware_jax.training.loop import run_steps
+from compaware_jax.training.objective import Pressure, constrained, no_pressure
 from tests import tasks
 
 

@@ -9,11 +9,11 @@ import pytest
 
 import compaware_jax as ca
 from compaware_jax import importance
-from compaware_jax.criteria import measure
 from compaware_jax.errors import (
     CriterionError,
     DivergenceError,
 )
+from compaware_jax.training.criteria import measure
 from tests import tasks
 
 

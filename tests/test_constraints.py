@@ -11,7 +11,7 @@ import compaware_jax as ca
 from compaware_jax.cost import parameter_cost
 from compaware_jax.errors import BudgetError, PlanError
 from compaware_jax.law import law_errors, random_keep
-from compaware_jax.select import keep_units, round_counts, uniform_counts
+from compaware_jax.search.select import keep_units, round_counts, uniform_counts
 
 SIZES = {"encoder": 64, "middle": 48, "decoder": 30}
 

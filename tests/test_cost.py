@@ -9,13 +9,13 @@ import pytest
 
 import compaware_jax as ca
 from compaware_jax.cost import COSTS
+from compaware_jax.coupling.trace import flatten
+from compaware_jax.coupling.work import contraction_flops, work_of
 from compaware_jax.errors import BudgetError, TraceError
 from compaware_jax.law import random_keep
 from compaware_jax.masks import group_counts
 from compaware_jax.models import autoencoder
-from compaware_jax.small_function import what_runs
-from compaware_jax.trace import flatten
-from compaware_jax.work import contraction_flops, work_of
+from compaware_jax.surgery.small_function import what_runs
 from tests.models import MODELS
 
 

@@ -174,7 +174,7 @@ def test_ablations(tmp_path, monkeypatch, capsys):
     from protocol import Config, Seed
 
     from compaware_jax.cost import parameter_cost
-    from compaware_jax.select import keep_units, round_counts
+    from compaware_jax.search.select import keep_units, round_counts
 
     asked = []
 

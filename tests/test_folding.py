@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from compaware_jax import folding
-from compaware_jax.program import Equation
-from compaware_jax.trace import trace
+from compaware_jax.coupling import folding
+from compaware_jax.coupling.program import Equation
+from compaware_jax.coupling.trace import trace
 
 INTS = np.array([[3, -7, 0], [2**31 - 1, -(2**31), 5]], np.int32)
 FLAGS = np.array([[True, False, True], [False, False, True]])

@@ -172,7 +172,7 @@ def test_variables_that_do_not_fit():
 def test_many_axes_that_stay_whole_are_counted_by_reason(monkeypatch):
     apply, variables, args = MODELS["convolutional"]()
     groups = ca.find_groups(apply, variables, *args)
-    monkeypatch.setattr("compaware_jax.groups._LISTED", 2)
+    monkeypatch.setattr("compaware_jax.coupling.groups._LISTED", 2)
     text = str(groups)
     assert "first of them" in text
     assert " spatial axis of the kernel " in text

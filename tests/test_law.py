@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from jax.scipy import special
 
 import compaware_jax as ca
-from compaware_jax.derivatives import derivative_of
+from compaware_jax.coupling.derivatives import derivative_of
+from compaware_jax.coupling.trace import flatten, trace
 from compaware_jax.law import distance, law_errors, random_keep
 from compaware_jax.models import autoencoder
-from compaware_jax.trace import flatten, trace
 from tests.models import MODELS
 from tests.programs import random_program
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compaware_jax.ledger import Ledger
+from compaware_jax.coupling.ledger import Ledger
 
 
 class Pairs:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compaware_jax.errors import CheckpointError, RequestError
-from compaware_jax.loop import run_once, run_steps
+from compaware_jax.training.loop import run_once, run_steps
 
 
 def step(state, index):

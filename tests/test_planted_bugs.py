@@ -9,10 +9,10 @@ import pytest
 from jax.extend.core import primitives as p
 
 import compaware_jax as ca
+from compaware_jax.coupling.rules import RULES
+from compaware_jax.coupling.rules.arrays import bind
+from compaware_jax.coupling.rules.families import elementwise, reduction
 from compaware_jax.law import law_errors, random_keep
-from compaware_jax.rules import RULES
-from compaware_jax.rules.arrays import bind
-from compaware_jax.rules.families import elementwise, reduction
 from tests.networks import random_network
 from tests.programs import random_program
 

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 import compaware_jax as ca
-from compaware_jax import request
+from compaware_jax.search import request
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

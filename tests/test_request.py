@@ -19,7 +19,7 @@ from compaware_jax.errors import (
     TraceError,
 )
 from compaware_jax.importance import l2
-from compaware_jax.objective import constrained, no_pressure
+from compaware_jax.training.objective import constrained, no_pressure
 from tests import tasks
 
 # Without the annotations that tests check: a user's call meets our own messages.

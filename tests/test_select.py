@@ -14,7 +14,7 @@ import compaware_jax as ca
 from compaware_jax.cost import COSTS, parameter_cost
 from compaware_jax.errors import BudgetError, PlanError, RequestError
 from compaware_jax.models import autoencoder
-from compaware_jax.select import keep_units, round_counts, uniform_counts
+from compaware_jax.search.select import keep_units, round_counts, uniform_counts
 
 
 @pytest.fixture(scope="module")

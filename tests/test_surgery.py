@@ -11,11 +11,12 @@ import optax
 import pytest
 
 import compaware_jax as ca
-from compaware_jax import models, surgery
+from compaware_jax import models
 from compaware_jax.cost import flop_cost
 from compaware_jax.errors import PlanError, TraceError
 from compaware_jax.law import random_keep
-from compaware_jax.small_function import what_runs, work_in
+from compaware_jax.surgery import trees
+from compaware_jax.surgery.small_function import what_runs, work_in
 from tests.models import MODELS
 
 
@@ -78,7 +79,7 @@ def test_optimizer_state_shrinks_along(cut):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere it has to be copied")
 def test_what_is_cut_on_the_host_is_handed_over_uncopied():
     for shape in ((3, 5), (7,), (2, 3, 11)):
-        array = surgery._fresh(shape, np.dtype("float32"))
+        array = trees._fresh(shape, np.dtype("float32"))
         assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
 
 

@@ -9,7 +9,7 @@ import compaware_jax as ca
 from compaware_jax import importance
 from compaware_jax.errors import RequestError
 from compaware_jax.law import law_errors
-from compaware_jax.objective import updated
+from compaware_jax.training.objective import updated
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(256, 8)), jnp.float32)

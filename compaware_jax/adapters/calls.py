@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from compaware_jax.plan import Plan
+from compaware_jax.surgery.plan import Plan
 
 
 @dataclass(frozen=True)

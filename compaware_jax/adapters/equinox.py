@@ -24,9 +24,9 @@ from compaware_jax.adapters import equinox_loops  # noqa: F401  (registers rules
 from compaware_jax.adapters.calls import Static, hashable, split_arrays, with_updates
 from compaware_jax.adapters.rebuilt import compare
 from compaware_jax.errors import TraceError
-from compaware_jax.plan import Plan
-from compaware_jax.small_function import check_small, slim
-from compaware_jax.surgery import shrink
+from compaware_jax.surgery.plan import Plan
+from compaware_jax.surgery.small_function import check_small, slim
+from compaware_jax.surgery.trees import shrink
 
 
 def functional(

@@ -14,14 +14,14 @@ from equinox.internal._loop.common import maybe_set_p, select_if_vmap_p
 from equinox.internal._primitive import _vprim_p as batched_p
 from jax.extend.core import Primitive
 
-from compaware_jax.dead import one_of
-from compaware_jax.factors import Factor, Tracked
-from compaware_jax.ledger import Ledger
-from compaware_jax.operands import combine
-from compaware_jax.program import Equation
-from compaware_jax.rules.arrays import bind, cut
-from compaware_jax.rules.families import cases, dead_of, elementwise, fixed_elsewhere, passed
-from compaware_jax.rules.registry import Kept, Small, primitives_of, register_rule
+from compaware_jax.coupling.dead import one_of
+from compaware_jax.coupling.factors import Factor, Tracked
+from compaware_jax.coupling.ledger import Ledger
+from compaware_jax.coupling.operands import combine
+from compaware_jax.coupling.program import Equation
+from compaware_jax.coupling.rules.arrays import bind, cut
+from compaware_jax.coupling.rules.families import cases, dead_of, elementwise, fixed_elsewhere, passed
+from compaware_jax.coupling.rules.registry import Kept, Small, primitives_of, register_rule
 
 # --- what must not differ among the examples of a vmap ---------------------------------------------------
 

@@ -15,7 +15,7 @@ from compaware_jax.adapters.rebuilt import check_rebuilt
 from compaware_jax.adapters.widths import leaf_number, surviving_blocks
 from compaware_jax.errors import PlanError, TraceError
 from compaware_jax.paths import named_leaves
-from compaware_jax.plan import Plan
+from compaware_jax.surgery.plan import Plan
 
 __all__ = ["check_rebuilt", "feature_counts", "functional"]
 

@@ -16,9 +16,9 @@ from compaware_jax.adapters.nnx_layers import update_attributes
 from compaware_jax.adapters.rebuilt import compare
 from compaware_jax.errors import PlanError, TraceError
 from compaware_jax.paths import named_leaves
-from compaware_jax.plan import Plan
-from compaware_jax.small_function import check_small, slim
-from compaware_jax.surgery import shrink
+from compaware_jax.surgery.plan import Plan
+from compaware_jax.surgery.small_function import check_small, slim
+from compaware_jax.surgery.trees import shrink
 
 
 def functional(

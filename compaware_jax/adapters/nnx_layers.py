@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from compaware_jax.adapters.widths import surviving_blocks
-from compaware_jax.plan import Plan
+from compaware_jax.surgery.plan import Plan
 
 
 def update_attributes(model: nnx.Module, plan: Plan) -> None:

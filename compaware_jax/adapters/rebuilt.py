@@ -10,9 +10,9 @@ import numpy as np
 
 from compaware_jax.errors import PlanError, gist
 from compaware_jax.paths import named_leaves
-from compaware_jax.plan import Plan
-from compaware_jax.small_function import slim
-from compaware_jax.surgery import shrink
+from compaware_jax.surgery.plan import Plan
+from compaware_jax.surgery.small_function import slim
+from compaware_jax.surgery.trees import shrink
 
 
 def check_rebuilt(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from compaware_jax.errors import PlanError
-from compaware_jax.plan import Plan
+from compaware_jax.surgery.plan import Plan
 
 
 def surviving_blocks(plan: Plan, path: str, blocks: int) -> tuple[int, int]:

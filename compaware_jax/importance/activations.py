@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from compaware_jax.groups import Groups
+from compaware_jax.coupling.groups import Groups
+from compaware_jax.coupling.rules import RULES
 from compaware_jax.importance.units import as_numbers, squared
 from compaware_jax.placement import replicated
-from compaware_jax.rules import RULES
 
 _LOG = logging.getLogger(__name__)
 

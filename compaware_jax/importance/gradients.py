@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from compaware_jax.groups import Groups
+from compaware_jax.coupling.groups import Groups
 from compaware_jax.importance.units import squared, unit_sum
 from compaware_jax.masks import apply_mask
-from compaware_jax.trained import is_trained
+from compaware_jax.training.trained import is_trained
 
 Value = Callable[[Any], Array]
 """``variables -> scalar``, differentiable."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from compaware_jax.groups import Groups
+from compaware_jax.coupling.groups import Groups
 from compaware_jax.importance.units import as_numbers, floats, squared, sums_over_units, unit_sum
 from compaware_jax.placement import replicated
 

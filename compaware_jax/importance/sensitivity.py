@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 
-from compaware_jax.groups import Groups
+from compaware_jax.coupling.groups import Groups
 from compaware_jax.importance.units import ranks
 from compaware_jax.masks import apply_mask
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num
 
-from compaware_jax.groups import Groups
+from compaware_jax.coupling.groups import Groups
 from compaware_jax.placement import on_host, replicated
 
 

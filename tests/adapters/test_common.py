@@ -14,8 +14,8 @@ from compaware_jax.adapters import linen as linen_adapter
 from compaware_jax.adapters import nnx as nnx_adapter
 from compaware_jax.adapters.rebuilt import relative_difference
 from compaware_jax.adapters.widths import surviving_blocks
+from compaware_jax.coupling.groups import Leaf
 from compaware_jax.errors import PlanError
-from compaware_jax.groups import Leaf
 from compaware_jax.paths import named_leaves
 
 

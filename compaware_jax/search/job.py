@@ -1,0 +1,52 @@
+"""What identifies a request, so that a checkpoint of another one is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from compaware_jax.coupling.groups import Groups
+from compaware_jax.importance import ranks
+from compaware_jax.search.coefficients import Problem, SearchMethod
+from compaware_jax.training.checks import marks
+from compaware_jax.training.loop import digest
+
+
+def describe_request(
+    problem: Problem, variables: Any, method: SearchMethod, before: Mapping[str, float]
+) -> dict[str, Any]:
+    """What identifies a request, as JSON values: a checkpoint of another one is refused.
+
+    Args:
+      problem: what is asked.
+      variables: the dense model's.
+      method: how coefficients are found.
+      before: the dense model's value per criterion.
+    """
+    settings = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
+    return {
+        "model": problem.groups.fingerprint,
+        "groups": _mark(problem.groups),
+        "variables": digest(variables),
+        **marks(problem.apply, variables, problem.loss, problem.batches, problem.criteria),
+        "before": {name: f"{value:.3g}" for name, value in before.items()},
+        "criteria": [[c.name, c.threshold, c.above, c.trainable] for c in problem.criteria],
+        "search": [
+            type(method).__name__,
+            settings,
+        ],
+        "score": digest(ranks(problem.groups, problem.score(problem.groups, variables))),
+    }
+
+
+def _mark(groups: Groups) -> str:
+    """A hash of the groups, of what cuts them and of what is demanded of them."""
+    cuts = groups.analysis.cuts
+    named = [(group.name, group.units, group.boundary) for group in groups.groups]
+    outputs = groups.released, groups.states, groups.deployed_outputs
+    cut = [cuts.within_heads, cuts.boundary, *sorted(map(repr, cuts.choices)), *outputs]
+    limits = groups.floors, groups.ceilings, groups.steps, groups.may_empty
+    return digest([np.frombuffer(repr([named, cut]).encode(), np.uint8), groups.units_of, limits])

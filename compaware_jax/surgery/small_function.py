@@ -1,0 +1,311 @@
+"""Surgery on functions: the small function, and what of it runs at full width."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compaware_jax.cost import COSTS, Budget, flop_cost
+from compaware_jax.coupling.analysis import Analysis
+from compaware_jax.coupling.groups import Groups
+from compaware_jax.coupling.program import Program
+from compaware_jax.coupling.propagate import analyse
+from compaware_jax.coupling.rules import Kept
+from compaware_jax.coupling.rules.arrays import missing, take
+from compaware_jax.coupling.trace import flatten, trace
+from compaware_jax.coupling.work import contraction_flops, each_equation, flops_of
+from compaware_jax.errors import PlanError
+from compaware_jax.garbage import uncollected
+from compaware_jax.paths import named_leaves
+from compaware_jax.placement import sharding_in_type, struct_of
+from compaware_jax.surgery.plan import Plan
+from compaware_jax.surgery.slimming import FullWidth, run_small
+
+_LOG = logging.getLogger(__name__)
+
+
+def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ()) -> Callable[..., Any]:
+    """The small function.
+
+    ``slim(apply, plan)(shrink(variables, plan), *args)`` equals
+    ``apply(expand(shrink(variables, plan), plan), *args)`` up to the order of summation.
+
+    The function is traced again for every new input shape, so it takes any batch size, and it composes
+    with `jit`, `grad`, `vmap` and `jax.export`. Nothing in the model's code changes. To export a function
+    of any batch size, map that of one example: ``jax.vmap(lambda x: small(variables, x[None])[0])`` takes
+    a symbolic batch.
+
+    Args:
+      apply: the function that the groups were found for, or another function of the same variables.
+      plan: what is kept.
+      released: tree paths of outputs that come out cut, beside those released to `find_groups`.
+
+    Returns:
+      A function of the small variables and the same further arguments as `apply`.
+
+    Raises:
+      PlanError: what is given is no function or no plan; or (when called) the variables are not those of the
+        plan, or the plan cuts what this function needs whole, or separates what it ties.
+    """
+    if not callable(apply) or not isinstance(plan, Plan):
+        raise PlanError(
+            f"slim: got ({type(apply).__name__}, {type(plan).__name__}), expected a function and a Plan: "
+            "slim(apply, plan)."
+        )
+    runs: dict[Any, tuple[Callable[..., list[jax.Array]], Any]] = {}
+
+    def small_apply(small_variables: Any, *args: Any, **kwargs: Any) -> Any:
+        small_leaves, structure = jax.tree.flatten(small_variables)
+        check_small(small_variables, plan, "slim")
+        full = jax.tree.unflatten(
+            structure,
+            [
+                # The dtype is the small leaf's own: variables may have been cast since the plan was made.
+                struct_of(small, jax.dtypes.result_type(small), leaf.shape)
+                for leaf, small in zip(plan.leaves, small_leaves, strict=True)
+            ],
+        )
+        rest, rest_structure = jax.tree.flatten((args, kwargs))
+        key = (
+            structure,
+            rest_structure,
+            tuple(jax.typeof(x) for x in (*small_leaves, *rest)),
+            jax.sharding.get_abstract_mesh(),
+            _numerics(),
+        )
+        if key not in runs:
+            analysis, alive = _analysed(apply, full, plan, released, *args, **kwargs)
+            run, tree = partial(_outputs, analysis, alive, plan), analysis.program.output_tree
+            typed = any(sharding_in_type(x) is not None for x in (*small_leaves, *rest))
+            # Outside of jit, types name a mesh but not its devices; they have to be those of the inputs.
+            runs[key] = jax.jit(run) if typed and jax.sharding.get_abstract_mesh().empty else run, tree
+        run, tree = runs[key]
+        return jax.tree.unflatten(tree, run(*(jnp.asarray(x) for x in (*small_leaves, *rest))))
+
+    return small_apply
+
+
+def _numerics() -> tuple[Any, ...]:
+    """What the caller's configuration says of how the same function is computed."""
+    names = (
+        "jax_enable_x64",
+        "jax_default_matmul_precision",
+        "jax_numpy_dtype_promotion",
+        "jax_default_prng_impl",
+        "jax_threefry_partitionable",
+    )
+    return tuple(getattr(jax.config, name) for name in names)
+
+
+def _outputs(analysis: Analysis, alive: np.ndarray, plan: Plan, *inputs: jax.Array) -> list[jax.Array]:
+    return _run(analysis, alive, plan, list(inputs))[0]
+
+
+@uncollected()
+def _analysed(
+    apply: Callable[..., Any], full: Any, plan: Plan, released: Sequence[str], *args: Any, **kwargs: Any
+) -> tuple[Analysis, np.ndarray]:
+    """The analysis of a function at these input shapes, and which of its classes the plan keeps."""
+    program = trace(apply, full, *args, **kwargs)
+    chosen = program.positions((*released, *plan.released))
+    analysis = analyse(
+        program, released=chosen, states=program.states(plan.states), cuts=plan.cuts, settled=True
+    )
+    return analysis, _alive(analysis, plan)
+
+
+def _run(
+    analysis: Analysis, alive: np.ndarray, plan: Plan, inputs: list[Any]
+) -> tuple[list[jax.Array], FullWidth]:
+    outputs, record = run_small(analysis, alive, inputs)
+    program = analysis.program
+    for position, leaf in program.states(plan.states):
+        have = analysis.kept(program.block.outputs[position], alive)
+        want = analysis.kept(program.leaf_values[leaf], alive)
+        outputs[position] = take(outputs[position], missing(want, have))
+    return outputs, record
+
+
+@dataclass(frozen=True)
+class Uncut:
+    """An equation that runs at full width in the small function.
+
+    Attributes:
+      where: primitive, module path and source line.
+      flops: its FLOPs at full width in one call, one per element where it is no contraction; of all its runs
+        where it is in a loop.
+      again: whether it only runs to rebuild an operand of another one.
+    """
+
+    where: str
+    flops: int
+    again: bool
+
+
+def uncut(groups: Groups, plan: Plan) -> tuple[Uncut, ...]:
+    """What `slim` runs at full width for the deployed outputs, because running it small would not be exact.
+
+    Args:
+      groups: what could leave, at the input shapes for which they were found.
+      plan: what is kept of it.
+
+    Returns:
+      The equations, in program order, first those that had to, then those run again for them.
+
+    Raises:
+      PlanError: the plan is of another model.
+    """
+    if plan.fingerprint != groups.fingerprint:
+        raise PlanError(
+            f"uncut: the plan is for the model {plan.fingerprint}, the groups are of {groups.fingerprint}. "
+            "Pass the groups that the plan was made from."
+        )
+    return what_runs(groups, plan)[0]
+
+
+def what_runs(groups: Groups, plan: Plan) -> tuple[tuple[Uncut, ...], int]:
+    """What `uncut` lists, and the FLOPs of one call of the small function.
+
+    They are counted as `cost.flop_cost` counts them, but on the small function's own trace: what runs at full
+    width is in them, so they may be more than the cost of the plan's counts.
+
+    Args:
+      groups: what could leave, at the input shapes for which they were found.
+      plan: what is kept of it.
+    """
+    program, record = _traced(groups, plan)
+    times = dict(each_equation(groups.analysis.program.block))
+    needed = dict(each_equation(groups.analysis.program.needed_for(groups.deployed_outputs)))
+    full_width = tuple(
+        Uncut(eqn.where, times.get(eqn, 1) * flops_of(eqn), again)
+        for equations, again in ((record.uncut, False), (record.again, True))
+        for eqn in equations
+        if not (again and eqn in record.uncut) and (eqn in needed or eqn not in times)
+    )
+    return full_width, contraction_flops(program, groups.deployed_outputs)
+
+
+def work_in(groups: Groups) -> int:
+    """FLOPs of one call of the full function, counted as `Uncut` counts them."""
+    needed = groups.analysis.program.needed_for(groups.deployed_outputs)
+    return sum(flops_of(eqn) for eqn in needed.equations)
+
+
+def checked_work(groups: Groups, plan: Plan, budget: Budget) -> tuple[tuple[Uncut, ...], int]:
+    """What `what_runs` says of a plan for a budget; a warning where much runs at full width."""
+    ran, left = what_runs(groups, plan)
+    share = sum(equation.flops for equation in ran) / max(work_in(groups), 1)
+    over = ""
+    if budget.cost == "flops" and left > budget.limit(groups):
+        over = f" With it {left / flop_cost(groups).total:.0%} of the FLOPs are left, above the budget."
+    if ran and (share > 0.01 or over):
+        _LOG.warning(
+            "%.0f %% of the work still runs at full width, e.g. %s, because the small result would not be "
+            "exact.%s uncut(groups, plan) lists it all; constrain(groups, whole=...) keeps whole the units "
+            "that cause it.",
+            100 * share,
+            ran[0].where,
+            over,
+        )
+    return ran, left
+
+
+def costs_left(groups: Groups, plan: Plan, flops: int) -> dict[str, tuple[int, int]]:
+    """Per cost its value before and after; that of FLOPs is what the small function runs, as counted."""
+    counts = np.array([kept for _, kept, _ in plan.counts])
+    made = {name: make(groups) for name, make in COSTS.items()}
+    costs = {name: (cost.total, cost.exact(counts)) for name, cost in made.items()}
+    return costs | {"flops": (made["flops"].total, flops)}
+
+
+def _traced(groups: Groups, plan: Plan) -> tuple[Program, FullWidth]:
+    """The small function as a program, and what of it runs at full width."""
+    program, alive = groups.analysis.program, _alive(groups.analysis, plan)
+    full = [program.avals[value] for value in program.leaf_values]
+    leaves = [struct_of(leaf, leaf.dtype, plan.small_shape(i)) for i, leaf in enumerate(full)]
+    record = FullWidth()
+
+    def run(*inputs: jax.Array) -> list[jax.Array]:
+        nonlocal record
+        outputs, record = _run(groups.analysis, alive, plan, list(inputs))
+        return outputs
+
+    # The types of the inputs may name the mesh under which the groups were found.
+    with program.ambient.manager:
+        inputs = (program.avals[value] for value in program.argument_values)
+        closed = jax.make_jaxpr(run)(*leaves, *(struct_of(aval, aval.dtype) for aval in inputs))
+    return flatten(closed, leaves=()), record
+
+
+def cut_outputs(groups: Groups, plan: Plan, outputs: Any) -> Any:
+    """The outputs of the full function, cut as those of the small one come out: state, and what was released.
+
+    Args:
+      groups: what could leave.
+      plan: what is kept of it.
+      outputs: pytree as the function returns it.
+    """
+    program, alive = groups.analysis.program, _alive(groups.analysis, plan)
+    leaves = jax.tree.leaves(outputs)
+    kept: list[Kept] = [groups.analysis.kept(value, alive) for value in program.block.outputs]
+    for position, leaf in program.states(plan.states):
+        kept[position] = groups.analysis.kept(program.leaf_values[leaf], alive)
+    return jax.tree.unflatten(
+        jax.tree.structure(outputs), [take(x, axes) for x, axes in zip(leaves, kept, strict=True)]
+    )
+
+
+def check_small(small_variables: Any, plan: Plan, caller: str) -> None:
+    """Refuse variables that are not the small ones of a plan.
+
+    Raises:
+      PlanError: says where they differ first.
+    """
+    got = [(path, np.shape(leaf)) for path, leaf in named_leaves(small_variables)]
+    expected = [(leaf.path, plan.small_shape(i)) for i, leaf in enumerate(plan.leaves)]
+    if got != expected:
+        wrong = next(
+            (pair for pair in zip(got, expected, strict=False) if pair[0] != pair[1]),
+            (f"{len(got)} leaves", f"{len(expected)} leaves"),
+        )
+        raise PlanError(
+            f"{caller}: the variables do not fit the plan (fingerprint {plan.fingerprint}): got {wrong[0]}, "
+            f"expected {wrong[1]}. Pass shrink(variables, plan) of the model that the plan was made for."
+        )
+
+
+def _alive(analysis: Analysis, plan: Plan) -> np.ndarray:
+    """Which classes of a function's analysis the plan keeps."""
+    dead = np.zeros(analysis.solution.count, bool)
+    needed = np.zeros(analysis.solution.count, bool)
+    for position, value in enumerate(analysis.program.leaf_values):
+        for axis, index in enumerate(plan.kept[position]):
+            if plan.leaves[position].shape[axis] <= 1:
+                continue
+            factor = next(f for f in analysis.factors[value] if axis in f.axes)
+            labels = analysis.solution.labels[factor.ids]
+            kept = np.ones(len(labels), bool)
+            if index is not None:
+                kept = np.isin(np.arange(len(labels)), index)
+            dead[labels[~kept]] = True
+            needed[labels[kept]] = True
+            blocked = labels[~kept & ~analysis.free[labels]]
+            if len(blocked):
+                raise PlanError(
+                    f"slim: the plan cuts axis {axis} of `{plan.leaves[position].path}`, which this "
+                    f"function needs whole ({analysis.solution.fixed[blocked[0]]}). Pass the function "
+                    "that the groups were found for, or name the output in `released`."
+                )
+    if (dead & needed).any():
+        raise PlanError(
+            "slim: the plan separates channels that this function ties together. Pass the function that "
+            "the groups were found for."
+        )
+    return ~dead

@@ -1,0 +1,284 @@
+"""Surgery on trees: variables, or whatever is shaped like them, become small, and full again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from compaware_jax.coupling.groups import COLLECTIONS
+from compaware_jax.coupling.rules.arrays import scatter
+from compaware_jax.errors import PlanError
+from compaware_jax.paths import named_leaves, path_name
+from compaware_jax.placement import is_spread, on_host, place_of
+from compaware_jax.surgery.plan import Plan
+
+
+def shrink(tree: Any, plan: Plan) -> Any:
+    """Cut a tree down to a plan.
+
+    Args:
+      tree: the variables, or any pytree that holds trees like them (an optimizer state with its moments,
+        EMA copies, a checkpoint of all of these) or like one of their Flax collections (moments
+        over ``variables["params"]``), also with parts left out by `optax.masked`; other leaves are passed
+        through. Its arrays may be abstract (`jax.ShapeDtypeStruct`), e.g. to restore a checkpoint of the
+        small model.
+      plan: what is kept.
+
+    Returns:
+      The tree with every array that belongs to a leaf of the plan cut along the kept indices. Arrays stay
+      on their devices, sharded as they were; an axis that the mesh does not divide any more is replicated
+      (``constrain(groups, multiple_of=…)`` keeps widths that it divides).
+
+    Raises:
+      PlanError: nothing in the tree fits the plan, or a sub-tree fits it in two ways that differ, or has
+        its names but other shapes.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import compaware_jax as ca
+      >>> def net(v, x):
+      ...     return jnp.tanh(x @ v["w1"]) @ v["w2"]
+      >>> v = {"w1": jnp.ones((3, 8)), "w2": jnp.ones((8, 2))}
+      >>> groups = ca.find_groups(net, v, jnp.ones((1, 3)))
+      >>> plan = ca.plan_units(groups, jnp.arange(8) < 5)
+      >>> ca.shrink(v, plan)["w2"].shape
+      (5, 2)
+      >>> ca.shrink(optax.adam(1e-3).init(v), plan)[0].mu["w1"].shape
+      (3, 5)
+    """
+    return _map_plan(tree, plan, _cut, full=True, caller="shrink")
+
+
+def expand(tree: Any, plan: Plan) -> Any:
+    """The inverse of `shrink` up to what was cut, which comes back as zeros.
+
+    Args:
+      tree: a tree that `shrink` returned for the plan.
+      plan: what was kept.
+
+    Returns:
+      The tree at the full shapes: ``expand(shrink(variables, plan), plan)`` is the masked variables.
+
+    Raises:
+      PlanError: nothing in the tree fits the plan.
+    """
+    return _map_plan(tree, plan, _put_back, full=False, caller="expand")
+
+
+def _cut(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> list[Any]:
+    kept, room = _as_arrays([plan.kept[i] for i in positions]), _Room()
+    small = [_taken(array, indices, room) for array, indices in zip(arrays, kept, strict=True)]
+    return _sent_back(small, arrays)
+
+
+def cut_axes(array: Any, kept: Sequence[Sequence[int] | None]) -> Any:
+    """An array with the kept indices of each axis (None: all), on the host where it is there."""
+    (indices,) = _as_arrays([kept])
+    return _sent_back([_taken(array, indices, _Room())], [array])[0]
+
+
+def _as_arrays(kept: Sequence[Sequence[Sequence[int] | None]]) -> list[list[np.ndarray | None]]:
+    """Kept indices as arrays; the axes of a group share one object, which is converted once."""
+    distinct = {id(index): index for axes in kept for index in axes}
+    arrays = {name: None if index is None else np.asarray(index, int) for name, index in distinct.items()}
+    return [[arrays[id(index)] for index in axes] for axes in kept]
+
+
+class _Room:
+    """Memory for an array cut along one axis only: fresh memory costs more time than the copy into it."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def array(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        """An array in it, in place of the one before."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > len(self._bytes):
+            self._bytes = np.empty(size, np.uint8)
+        return self._bytes[:size].view(dtype).reshape(shape)
+
+
+def _fresh(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Memory of its own, at an address that JAX on the CPU takes over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+_ALIGNMENT = 64  # Bytes, of XLA's buffers on the CPU.
+
+
+def _taken(array: Any, kept: Sequence[np.ndarray | None], room: _Room) -> Any:
+    if all(index is None for index in kept):
+        return array
+    if isinstance(array, jax.ShapeDtypeStruct):
+        shape = [size if index is None else len(index) for size, index in zip(array.shape, kept, strict=True)]
+        return jax.ShapeDtypeStruct(shape, array.dtype, sharding=place_of(array, shape))
+    small = _here(array)
+    along = [(axis, index) for axis, index in enumerate(kept) if index is not None]
+    for number, (axis, index) in enumerate(along):
+        if isinstance(small, np.ndarray):
+            shape = (*small.shape[:axis], len(index), *small.shape[axis + 1 :])
+            first = number == 0 and len(along) > 1
+            out = room.array(shape, small.dtype) if first else _fresh(shape, small.dtype)
+            # What is kept lies inside; clipping lets numpy write without a buffer of its own.
+            small = np.take(small, index, axis, out=out, mode="clip")
+        else:
+            small = small.take(index, axis=axis)
+    return small
+
+
+def _here(array: Any) -> Any:
+    # On the host, numpy spares a compilation per shape. Parts of a sharded array are cut by what they are
+    # parts of, so they come together there as well.
+    return np.asarray(array) if on_host(array) or is_spread(array) else array
+
+
+def _sent_back(small: list[Any], arrays: Sequence[Any]) -> list[Any]:
+    """What was cut on the host becomes JAX arrays where it came from such, all in one transfer."""
+    sent = [
+        n
+        for n, (x, array) in enumerate(zip(small, arrays, strict=True))
+        if isinstance(x, np.ndarray) and not isinstance(array, np.ndarray)
+    ]
+    places = [place_of(arrays[n], small[n].shape) for n in sent]
+    result = list(small)
+    for n, x in zip(sent, jax.device_put([small[n] for n in sent], places), strict=True):
+        result[n] = x
+    return result
+
+
+def _put_back(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> list[Any]:
+    full = []
+    kept = _as_arrays([plan.kept[i] for i in positions])
+    for array, leaf, indices in zip(arrays, positions, kept, strict=True):
+        if all(index is None for index in indices):
+            full.append(array)
+            continue
+        if isinstance(array, jax.ShapeDtypeStruct):
+            shape = plan.leaves[leaf].shape
+            full.append(jax.ShapeDtypeStruct(shape, array.dtype, sharding=place_of(array, shape)))
+            continue
+        full.append(scatter(_here(array), indices, plan.leaves[leaf].shape))
+    return _sent_back(full, arrays)
+
+
+def _map_plan(tree: Any, plan: Any, change: Callable, *, full: bool, caller: str) -> Any:
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"{caller}: the plan is {type(plan).__name__}, expected a Plan: {caller}(tree, plan), such as "
+            "that of plan_units or result.plan."
+        )
+    templates = _templates(plan, full)
+    found: dict[int, list[int]] = {}
+
+    def fits(node: Any) -> bool:
+        positions = _match(node, plan, templates, caller)
+        if positions is not None:
+            found[id(node)] = positions
+        return positions is not None
+
+    def visit(node: Any) -> Any:
+        if id(node) not in found:
+            return node
+        leaves, structure = jax.tree.flatten(node)
+        return jax.tree.unflatten(structure, change(leaves, plan, found[id(node)]))
+
+    result = jax.tree.map(visit, tree, is_leaf=fits)
+    if not found:
+        raise PlanError(
+            f"{caller}: no sub-tree has the leaves of the plan (fingerprint {plan.fingerprint}, "
+            f"{len(plan.leaves)} leaves, first `{plan.leaves[0].path}` "
+            f"{plan.leaves[0].shape if full else plan.small_shape(0)}); the tree has "
+            f"{[(path, np.shape(leaf)) for path, leaf in named_leaves(tree)][:3]} … "
+            "Pass variables of the model that the plan was made for."
+        )
+    return result
+
+
+_Shape = tuple[int, ...]
+_Templates = dict[tuple[str, ...], list[tuple[list[int], list[_Shape]]]]
+"""Paths of the leaves of a sub-tree, to the positions in the plan and the shapes that they may have."""
+
+
+def _templates(plan: Plan, full: bool) -> _Templates:
+    """The variables and their Flax collections."""
+    # Deeper sub-trees are not offered: a layer of another model may look the same by chance.
+    first_keys = {leaf.path.split("/")[0] for leaf in plan.leaves}
+    prefixes = ["", *(f"{key}/" for key in sorted(first_keys & COLLECTIONS))]
+    result: _Templates = {}
+    for prefix in prefixes:
+        inside = [i for i, leaf in enumerate(plan.leaves) if leaf.path.startswith(prefix)]
+        if not inside:
+            continue  # A leaf with the name of a collection, not a collection.
+        paths = tuple(plan.leaves[i].path[len(prefix) :] for i in inside)
+        shapes = [plan.leaves[i].shape if full else plan.small_shape(i) for i in inside]
+        result.setdefault(paths, []).append((inside, shapes))
+    return result
+
+
+def _is_hole(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _match(node: Any, plan: Plan, templates: _Templates, caller: str) -> list[int] | None:
+    """Positions in the plan of the leaves of a sub-tree that fits it; None for any other.
+
+    Leaves that `optax.masked` leaves out are passed over.
+    """
+    named = [(path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(node, is_leaf=_is_hole)]
+    paths = tuple(path for path, _ in named)
+    if paths not in templates:
+        return None
+    present = [number for number, (_, x) in enumerate(named) if not _is_hole(x)]
+    fits, others = [], []
+    for positions, shapes in templates[paths]:
+        wrong = [n for n in present if np.shape(named[n][1]) != shapes[n]]
+        if wrong:
+            others += [(n, positions[n], shapes[n]) for n in wrong]
+        else:
+            fits.append([positions[n] for n in present])
+    if not fits:
+        for number, position, shape in others:
+            got = np.shape(named[number][1])
+            if paths != ("",) and np.prod(got) > 1 and any(index for index in plan.kept[position]):
+                raise PlanError(
+                    f"{caller}: `{paths[number]}` has shape {got} under the names of the plan (fingerprint "
+                    f"{plan.fingerprint}), expected {shape}. Pass variables of the model that the plan was "
+                    "made for; the state of an optimizer that does not mirror them goes through "
+                    "shrink_optimizer."
+                )
+        return None
+    if any(plan.kept[i] != plan.kept[j] for other in fits[1:] for i, j in zip(fits[0], other, strict=True)):
+        raise PlanError(
+            f"{caller}: the sub-tree with leaves {list(paths[:4])} fits {len(fits)} sub-trees of the plan, "
+            "which keep different indices. Pass the tree around it instead, so that its place is known."
+        )
+    return fits[0]
+
+
+def positions_in(tree: Any, plan: Plan, caller: str) -> list[int]:
+    """Positions in the plan of the leaves of full variables, or of one of their Flax collections.
+
+    Args:
+      tree: the variables or the collection.
+      plan: what is kept.
+      caller: the function that asks, for messages.
+
+    Raises:
+      PlanError: the tree is not one of these.
+    """
+    positions = _match(tree, plan, _templates(plan, full=True), caller)
+    if positions is None:
+        raise PlanError(
+            f"{caller}: the tree with leaves {[path for path, _ in named_leaves(tree)][:4]} is not "
+            f"the variables of the plan (fingerprint {plan.fingerprint}) nor a collection of them. Pass "
+            "the full variables."
+        )
+    return positions
