@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from compaware_jax.coupling.program import Block, Equation, Program
@@ -68,14 +68,17 @@ def contraction_flops(program: Program, outputs: Sequence[int] | None = None) ->
     )
 
 
-def flops_of(eqn: Equation) -> int:
-    """FLOPs of one run of an equation at full width, its bodies included.
+def flops_of(eqn: Equation, shape: Callable[[int], tuple[int, ...]]) -> int:
+    """FLOPs of one run of an equation, its bodies included.
 
     Two per multiply-add of a contraction or convolution, one per element of any other equation.
+
+    Args:
+      eqn: the equation.
+      shape: gives the shape of a value, by its id.
     """
     rule = RULES.get(eqn.primitive)
     if rule is not None and rule.work is not None:
-        shapes = dict(zip((*eqn.inputs, *eqn.outputs), (*eqn.in_shapes, *eqn.out_shapes), strict=True))
-        return 2 * math.prod(shapes[value][axis] for (value, axis), *_ in rule.work(eqn))
-    inside = sum(n * flops_of(inner) for body, n in _bodies(eqn) for inner in body.equations)
-    return max((math.prod(shape) for shape in (*eqn.in_shapes, *eqn.out_shapes)), default=0) + inside
+        return 2 * math.prod(shape(value)[axis] for (value, axis), *_ in rule.work(eqn))
+    inside = sum(n * flops_of(inner, shape) for body, n in _bodies(eqn) for inner in body.equations)
+    return max((math.prod(shape(value)) for value in (*eqn.inputs, *eqn.outputs)), default=0) + inside

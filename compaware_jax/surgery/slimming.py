@@ -1,15 +1,16 @@
 """Run a program on smaller arrays: the slimming reading of the rules, with un-cut as the way out.
 
-Where a rule cannot run an equation at the small sizes exactly, the traced equation runs at full width:
-its operands are rebuilt (zeros scattered where what was cut is zero in the masked network, otherwise
-their producers run again at full width), and its outputs are cut. A body of a loop or branch that
-needs so what comes from outside is given it at full width; a carry is then computed so at every step.
+Where a rule cannot run an equation at the small sizes exactly, the equation runs wider: in a run with more
+classes alive, those of one axis where that will do, else those of all its axes. Such a run finds its values
+in the narrower one (with zeros scattered where what was cut is zero in the masked network), otherwise their
+producers run again in it. A body of a loop or branch that needs so what comes from outside is given it at
+full width; a carry is then computed so at every step.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import groupby
@@ -24,8 +25,9 @@ from compaware_jax.coupling.analysis import Analysis
 from compaware_jax.coupling.derivatives import positions_of
 from compaware_jax.coupling.program import Block, Checkpoint, Equation
 from compaware_jax.coupling.rules import REGIONS, RULES, Kept, Parts, Small
-from compaware_jax.coupling.rules.arrays import missing, scatter, small_shape, take
-from compaware_jax.placement import dividing, explicit
+from compaware_jax.coupling.rules.arrays import missing, scatter, small_shape, take, within
+from compaware_jax.coupling.work import flops_of
+from compaware_jax.placement import dividing, explicit, struct_of
 from compaware_jax.surgery.small_derivatives import (
     InseparableError,
     cut_derivative,
@@ -36,7 +38,7 @@ from compaware_jax.surgery.small_derivatives import (
 
 
 class _OutOfReachError(Exception):
-    """A full-width value is needed whose producer lies outside the block being run."""
+    """A wider value is needed whose producer lies outside the block being run."""
 
     def __init__(self, value: int) -> None:
         super().__init__(value)
@@ -44,48 +46,99 @@ class _OutOfReachError(Exception):
 
 
 def run_small(
-    analysis: Analysis, alive: np.ndarray, inputs: Sequence[jax.Array]
-) -> tuple[list[jax.Array], FullWidth]:
+    analysis: Analysis, alive: np.ndarray, inputs: Sequence[jax.Array], before: Wider
+) -> tuple[list[jax.Array], Wider]:
     """Run an analysed program on inputs cut to the living classes.
 
     Args:
       analysis: the program and what leaves together in it.
       alive: boolean array over the analysis' classes.
       inputs: one array per input of the program, cut along the axes where classes died.
+      before: what runs wider, as `wider_on_shapes` found it. What would run both so and less wide runs once,
+        and is cut.
 
     Returns:
-      The outputs, cut likewise, and what ran at full width.
+      The outputs, cut likewise, and what ran wider than its classes.
     """
-    run = _Run(analysis, alive)
+    run = _Run(analysis, alive, before=before)
     outputs = run.block(analysis.program.block, inputs)
     return outputs, run.record
 
 
+def wider_on_shapes(analysis: Analysis, alive: np.ndarray, inputs: Sequence[Any]) -> Wider:
+    """What would run wider in `run_small`; nothing is computed.
+
+    Args:
+      analysis: the program and what leaves together in it.
+      alive: boolean array over the analysis' classes.
+      inputs: one array, or shape, per input of the program.
+    """
+    found: list[Wider] = []
+
+    def run(*inputs: jax.Array) -> None:
+        found.append(run_small(analysis, alive, inputs, Wider())[1])
+
+    jax.eval_shape(run, *inputs)
+    return found[0]
+
+
 @dataclass(eq=False)
-class FullWidth:
-    """What ran at full width: equations that had to, and equations run again to feed them.
+class Wider:
+    """What ran wider than the plan has it, and with how many FLOPs in one run.
 
     Attributes:
       uncut: equations that cannot run small exactly.
-      again: equations run again to rebuild an operand of those.
+      again: equations run for the sake of those, to rebuild an operand.
+      alive: per equation the classes that were alive when it ran wider, each time.
     """
 
-    uncut: dict[Equation, None] = field(default_factory=dict)
-    again: dict[Equation, None] = field(default_factory=dict)
+    uncut: dict[Equation, int] = field(default_factory=dict)
+    again: dict[Equation, int] = field(default_factory=dict)
+    alive: dict[Equation, list[np.ndarray]] = field(default_factory=dict)
+
+    def note(self, eqn: Equation, run: _Run) -> None:
+        """Put down that an equation runs wider, in a run."""
+        kind = self.uncut if eqn in self.uncut else self.again
+        kind[eqn] = kind.get(eqn, 0) + run.flops(eqn)
+        self.alive.setdefault(eqn, []).append(run.alive)
+
+    def add(self, other: Wider) -> None:
+        """Take in what ran in a body."""
+        self.uncut.update(other.uncut)
+        self.again.update(other.again)
+        self.alive.update(other.alive)
 
 
 @dataclass(eq=False)
 class _Run:
+    """Equations run with some classes alive.
+
+    Attributes:
+      analysis: of the program.
+      alive: boolean array over its classes.
+      nested: whether it is inside a derivative rule.
+      values: what was computed, cut to the classes alive.
+      producers: the equations that were run, by their outputs.
+      record: what ran wider than it should.
+      before: what did when all of it was run before.
+      narrower: the run in which all equations are run; None where that is this one.
+      wider: runs of the same equations with more classes alive, by these.
+      depth: how many runs asked for wider ones on the way to this one.
+    """
+
     analysis: Analysis
     alive: np.ndarray
     nested: bool = False
-    small: MutableMapping[int, Any] = field(default_factory=dict)
-    full: MutableMapping[int, Any] = field(default_factory=dict)
+    values: ChainMap[int, Any] = field(default_factory=ChainMap[int, Any])
     producers: dict[int, Equation] = field(default_factory=dict)
-    record: FullWidth = field(default_factory=FullWidth)
+    record: Wider = field(default_factory=Wider)
+    before: Wider = field(default_factory=Wider)
+    narrower: _Run | None = None
+    wider: dict[bytes, _Run] = field(default_factory=dict)
+    depth: int = 0
 
     def block(self, block: Block, inputs: Sequence[jax.Array]) -> list[jax.Array]:
-        self.small.update(zip(block.inputs, inputs, strict=True))
+        self.values.update(zip(block.inputs, inputs, strict=True))
         self.equations(block.equations)
         return [self.read(v) for v in block.outputs]
 
@@ -97,35 +150,104 @@ class _Run:
                 continue
             for eqn in run:
                 self.producers.update(dict.fromkeys(eqn.outputs, eqn))
-                self.small.update(zip(eqn.outputs, self.results(eqn), strict=True))
+                self.values.update(zip(eqn.outputs, self.results(eqn), strict=True))
 
     def checkpointed(self, checkpoint: Checkpoint, equations: Sequence[Equation], depth: int) -> None:
-        # All that is made is handed out, to be found where an operand is rebuilt at full width; the compiler
-        # drops what nobody reads.
+        # All that is made is handed out, to be found where a wider run needs it; the compiler drops what
+        # nobody reads.
         made = [v for eqn in equations for v in eqn.outputs]
 
-        def run() -> list[Any]:
-            # A scope of its own, as what is made here is of another trace.
-            inner = replace(self, small=ChainMap({}, self.small), full=ChainMap({}, self.full))
+        def run() -> tuple[list[Any], dict[bytes, dict[int, Any]]]:
+            inner = self.scope()
             inner.equations(equations, depth)
-            return [inner.small[v] for v in made]
+            wider = {key: dict(run.values.maps[0]) for key, run in inner.wider.items()}
+            return [inner.values[v] for v in made], wider
 
-        call = jax.checkpoint(run, policy=checkpoint.policy, prevent_cse=checkpoint.prevent_cse)
-        self.small.update(zip(made, call(), strict=True))
+        values, wider = jax.checkpoint(run, policy=checkpoint.policy, prevent_cse=checkpoint.prevent_cse)()
+        self.values.update(zip(made, values, strict=True))
+        for key, found in wider.items():
+            self.widened(np.frombuffer(key, bool)).values.update(found)
+
+    def scope(self) -> _Run:
+        """The same run, whose new values are its own: those of another trace may not get out."""
+        inner = replace(self, values=self.values.new_child(), wider={})
+        for key, run in self.wider.items():
+            values = run.values.new_child()
+            inner.wider[key] = replace(run, values=values, narrower=inner, wider=inner.wider)
+        return inner
 
     def results(self, eqn: Equation) -> list[Any]:
         kept = [self.kept(v) for v in eqn.outputs]
+        run = self.widest(eqn)
+        if run is self:
+            with eqn.context:
+                results = self.tried(eqn, kept)
+            if results is not None:
+                return results
+            run = self.widened(self.needed(eqn))
+            self.record.uncut.setdefault(eqn, 0)
+        elif eqn in self.before.uncut:
+            self.record.uncut.setdefault(eqn, 0)
+        for v in eqn.outputs:
+            run.obtain(v)
+        return [run.narrowed(v, index) for v, index in zip(eqn.outputs, kept, strict=True)]
+
+    def widest(self, eqn: Equation) -> _Run:
+        """The run whose results of an equation have those of this one in them, as things were before."""
+        others = [a for a in self.before.alive.get(eqn, []) if (a >= self.alive).all()]
+        return self.widened(max(others, key=np.count_nonzero)) if others else self
+
+    def tried(self, eqn: Equation, kept: list[Kept]) -> list[Any] | None:
+        """The results of an equation, or None where it does not run exactly with these classes alive."""
+        if self.analysis.ragged.intersection((*eqn.inputs, *eqn.outputs)):
+            return self.moved(eqn, kept)
+        results = self.emptied(eqn, kept)
+        return self.equation(eqn, kept) if results is None else results
+
+    def needed(self, eqn: Equation) -> np.ndarray:
+        """The classes with which an equation runs that does not without: of one axis, or else of all."""
+        if self.depth >= _DEEPEST:
+            return ~self.alive
+        labels = self.analysis.solution.labels
+        sets: dict[bytes, np.ndarray] = {}
+        for value in (*eqn.inputs, *eqn.outputs):
+            for factor in self.analysis.factors.get(value, ()):
+                classes = np.zeros_like(self.alive)
+                classes[labels[factor.ids]] = True
+                classes &= ~self.alive
+                if classes.any():
+                    sets[classes.tobytes()] = classes
+        enough = []
+        if len(sets) > 1 and self.narrower is None:
+            enough = [classes for classes in sets.values() if self.widened(classes).would_run(eqn)]
+        if enough:
+            return min(enough, key=lambda classes: self.widened(classes).flops(eqn))
+        return np.logical_or.reduce(list(sets.values()))
+
+    def would_run(self, eqn: Equation) -> bool:
+        """Whether an equation, by its rule, runs exactly with these classes alive; nothing is computed."""
+        rule = RULES.get(eqn.primitive)
+        if rule is None or rule.slim is None:
+            return False
+        avals = [self.analysis.program.avals[v] for v in eqn.inputs]
+        structs = [
+            struct_of(aval, aval.dtype, self.shape(v)) for aval, v in zip(avals, eqn.inputs, strict=True)
+        ]
+        found: list[bool] = []
+
+        def run(*arrays: jax.Array) -> None:
+            trial = replace(self, values=ChainMap(dict(zip(eqn.inputs, arrays, strict=True))))
+            found.append(trial.tried(eqn, [self.kept(v) for v in eqn.outputs]) is not None)
+
         with eqn.context:
-            if self.analysis.ragged.intersection((*eqn.inputs, *eqn.outputs)):
-                results = self.moved(eqn, kept)
-            else:
-                results = self.emptied(eqn, kept)
-                if results is None:
-                    results = self.equation(eqn, kept)
-        if results is None:
-            self.record.uncut[eqn] = None
-            return [take(self.whole(v), index) for v, index in zip(eqn.outputs, kept, strict=True)]
-        return results
+            jax.eval_shape(run, *structs)
+        return found[0]
+
+    def shape(self, value: int) -> tuple[int, ...]:
+        return small_shape(self.analysis.program.avals[value].shape, self.kept(value))
+
+    def flops(self, eqn: Equation) -> int:
+        return flops_of(eqn, self.shape)
 
     def kept(self, value: int) -> Kept:
         return self.analysis.kept(value, self.alive)
@@ -156,9 +278,9 @@ class _Run:
         ]
 
     def read(self, value: int) -> Any:
-        if value not in self.small:
-            self.small[value] = jnp.asarray(self.analysis.program.constants[value])
-        return self.small[value]
+        if value not in self.values:
+            self.values[value] = jnp.asarray(self.analysis.program.constants[value])
+        return self.values[value]
 
     def equation(self, eqn: Equation, kept: list[Kept]) -> list[jax.Array] | None:
         operands = [
@@ -166,11 +288,11 @@ class _Run:
         ]
         if any(_is_empty(x.kept) for x in operands):
             return None  # A largest of nothing, a mean of nothing: computed from the masked zeros.
+        if all(index is None for axes in [*kept, *(x.kept for x in operands)] for index in axes):
+            return eqn.run(*[x.array for x in operands])
         if eqn.primitive in RULES:
             slim = RULES[eqn.primitive].slim
             return None if slim is None else slim(eqn, operands, kept)
-        if all(index is None for axes in [*kept, *(x.kept for x in operands)] for index in axes):
-            return eqn.run(*[x.array for x in operands])
         if eqn.primitive in REGIONS:
             return self.region(eqn, operands, kept)
         if eqn.bodies:
@@ -200,66 +322,100 @@ class _Run:
         self, eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept], parts: Parts, wide: set[int]
     ) -> list[jax.Array]:
         """The results of a loop or branch, some operands of which are handed in at full width."""
-        record, seen, made = FullWidth(), list(operands), list(kept)
+        record, seen, made = Wider(), list(operands), list(kept)
 
         def run(body: Block, arrays: Sequence[jax.Array], targets: Sequence[Kept]) -> list[jax.Array]:
             # A scope of its own: a body is traced apart, and its values are not those of another trace.
-            inner, given = _Run(self.analysis, self.alive, nested=self.nested), list(arrays)
+            inner, given = _Run(self.analysis, self.alive, self.nested, before=self.before), list(arrays)
             for n, value in enumerate(body.inputs):
                 if parts.operand_of.get(value) in wide:
-                    inner.full[value], given[n] = given[n], take(given[n], inner.kept(value))
+                    inner.full.values[value], given[n] = given[n], take(given[n], inner.kept(value))
             results = inner.block(body, given)
             for n, (value, target) in enumerate(zip(body.outputs, targets, strict=True)):
                 got = inner.kept(value)
                 if any(aim is None and index is not None for aim, index in zip(target, got, strict=True)):
-                    results[n], got = inner.whole(value), (None,) * len(got)
+                    results[n], got = inner.full.obtain(value), (None,) * len(got)
                 results[n] = take(results[n], missing(target, got))
-            record.uncut.update(inner.record.uncut)
-            record.again.update(inner.record.again)
+            record.add(inner.record)
             return results
 
         for n in wide:
-            whole = self.whole(eqn.inputs[n])
+            whole = self.full.obtain(eqn.inputs[n])
             seen[n] = Small(whole, (None,) * whole.ndim, operands[n].zero)
             if n in parts.carried:
                 made[parts.carried[n]] = seen[n].kept
         results = REGIONS[eqn.primitive].slim(eqn, seen, made, run)
-        self.full.update((eqn.outputs[at], results[at]) for n, at in parts.carried.items() if n in wide)
-        self.record.uncut.update(record.uncut)
-        self.record.again.update(record.again)
+        self.full.values.update(
+            (eqn.outputs[at], results[at]) for n, at in parts.carried.items() if n in wide
+        )
+        self.record.add(record)
         return [take(x, missing(want, got)) for x, want, got in zip(results, kept, made, strict=True)]
 
-    def whole(self, value: int) -> Any:
-        """A value at full width, as the masked network would compute it."""
+    @property
+    def full(self) -> _Run:
+        """The run with all classes alive, whose values are those of the masked network at full width."""
+        return self.widened(np.ones_like(self.alive))
+
+    def widened(self, classes: np.ndarray) -> _Run:
+        """The run with more classes alive."""
+        alive = self.alive | classes
+        if (alive == self.alive).all():
+            return self
+        key = alive.tobytes()
+        if key not in self.wider:
+            narrow = self if self.narrower is None else self.narrower
+            self.wider[key] = replace(
+                self, alive=alive, values=ChainMap(), narrower=narrow, depth=self.depth + 1
+            )
+        return self.wider[key]
+
+    @property
+    def within(self) -> list[_Run]:
+        """The runs whose classes alive are alive in this one, too."""
+        runs = [self.narrower, *self.wider.values()] if self.narrower else []
+        return [run for run in runs if run is not self and not (run.alive & ~self.alive).any()]
+
+    def fills(self, value: int, wider: _Run) -> bool:
+        """Whether a value of this run, with zeros at the places cut, is that of a wider one."""
+        constants, labels = self.analysis.program.constants, self.analysis.solution.labels
+        if value not in self.values and value not in constants:
+            return False
+        if value in self.analysis.ragged:
+            factors = self.analysis.factors[value]
+            return not any((wider.alive & ~self.alive)[labels[f.ids]].any() for f in factors)
+        kept = self.analysis.zero(value), self.kept(value), wider.kept(value)
+        return all(zero or within(have, want) is None for zero, have, want in zip(*kept, strict=True))
+
+    def narrowed(self, value: int, kept: Kept) -> Any:
+        """A value of this run cut to less."""
+        places = (within(want, have) for want, have in zip(kept, self.kept(value), strict=True))
+        return take(self.read(value), list(places))
+
+    def obtain(self, value: int) -> Any:
+        """A value of a wider run: from the narrower one, or by its producers."""
         # A stack, not recursion: a deep model may have thousands of such equations in a row.
-        pending = [value]
+        pending, constants = [value], self.analysis.program.constants
         while pending:
             last = pending[-1]
-            if last in self.full:
+            if last in self.values or last in constants:
                 pending.pop()
-            elif self.is_scattered(last):
-                shape = self.analysis.program.avals[last].shape
-                self.full[last] = scatter(self.read(last), self.kept(last), shape)
+            elif (source := next((run for run in self.within if run.fills(last, self)), None)) is not None:
+                kept = zip(source.kept(last), self.kept(last), strict=True)
+                places = [within(have, want) for have, want in kept]
+                self.values[last] = scatter(source.read(last), places, self.shape(last))
+            elif last in self.full.values:
+                self.values[last] = take(self.full.values[last], self.kept(last))
             elif last in self.producers:
                 eqn = self.producers[last]
-                needed = [v for v in eqn.inputs if v not in self.full]
+                needed = [v for v in eqn.inputs if v not in self.values and v not in constants]
                 if needed:
                     pending += needed
                     continue
-                self.record.again[eqn] = None
-                self.full.update(zip(eqn.outputs, eqn.run(*[self.full[v] for v in eqn.inputs]), strict=True))
+                self.record.note(eqn, self)
+                self.values.update(zip(eqn.outputs, self.results(eqn), strict=True))
             else:
                 raise _OutOfReachError(last)
-        return self.full[value]
-
-    def is_scattered(self, value: int) -> bool:
-        """Whether zeros at the cut places make a small value the full one."""
-        if value not in self.small and value not in self.analysis.program.constants:
-            return False
-        if value in self.analysis.ragged:
-            return False
-        pairs = zip(self.analysis.zero(value), self.kept(value), strict=True)
-        return all(zero or index is None for zero, index in pairs)
+        return self.read(value)
 
     def call(
         self, eqn: Equation, body: Block, operands: list[Small], kept: list[Kept]
@@ -301,7 +457,7 @@ class _Run:
 
         What its forward pass saves, and how its backward pass uses that, follows no equations of the body.
         """
-        if not all(map(self.is_scattered, eqn.inputs)):
+        if not all(self.fills(v, self.full) for v in eqn.inputs):
             return None
         analysis, alive, nested = self.analysis, self.alive, self.nested
         places = [(self.kept(v), analysis.program.avals[v].shape) for v in eqn.inputs]
@@ -324,6 +480,10 @@ class _Run:
         except _OutOfReachError:
             return None
         return call(*arrays)
+
+
+# From here on a wider run has all classes alive: each asks for the next one by recursion.
+_DEEPEST = 8
 
 
 def _spread(array: jax.Array, kept: Kept, shape: tuple[int, ...]) -> jax.Array:

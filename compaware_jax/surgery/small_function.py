@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from compaware_jax.garbage import uncollected
 from compaware_jax.paths import named_leaves
 from compaware_jax.placement import sharding_in_type, struct_of
 from compaware_jax.surgery.plan import Plan
-from compaware_jax.surgery.slimming import FullWidth, run_small
+from compaware_jax.surgery.slimming import Wider, run_small, wider_on_shapes
 
 _LOG = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
         )
         if key not in runs:
             analysis, alive = _analysed(apply, full, plan, released, *args, **kwargs)
-            run, tree = partial(_outputs, analysis, alive, plan), analysis.program.output_tree
+            run, tree = _settled(analysis, alive, plan, (*small_leaves, *rest)), analysis.program.output_tree
             typed = any(sharding_in_type(x) is not None for x in (*small_leaves, *rest))
             # Outside of jit, types name a mesh but not its devices; they have to be those of the inputs.
             runs[key] = jax.jit(run) if typed and jax.sharding.get_abstract_mesh().empty else run, tree
@@ -104,8 +103,16 @@ def _numerics() -> tuple[Any, ...]:
     return tuple(getattr(jax.config, name) for name in names)
 
 
-def _outputs(analysis: Analysis, alive: np.ndarray, plan: Plan, *inputs: jax.Array) -> list[jax.Array]:
-    return _run(analysis, alive, plan, list(inputs))[0]
+def _settled(
+    analysis: Analysis, alive: np.ndarray, plan: Plan, inputs: Sequence[Any]
+) -> Callable[..., list[jax.Array]]:
+    """The small program as a function of its inputs, once it is known what has to run wider."""
+    before = wider_on_shapes(analysis, alive, inputs)
+
+    def run(*inputs: jax.Array) -> list[jax.Array]:
+        return _run(analysis, alive, plan, list(inputs), before)[0]
+
+    return run
 
 
 @uncollected()
@@ -122,9 +129,9 @@ def _analysed(
 
 
 def _run(
-    analysis: Analysis, alive: np.ndarray, plan: Plan, inputs: list[Any]
-) -> tuple[list[jax.Array], FullWidth]:
-    outputs, record = run_small(analysis, alive, inputs)
+    analysis: Analysis, alive: np.ndarray, plan: Plan, inputs: list[Any], before: Wider
+) -> tuple[list[jax.Array], Wider]:
+    outputs, record = run_small(analysis, alive, inputs, before)
     program = analysis.program
     for position, leaf in program.states(plan.states):
         have = analysis.kept(program.block.outputs[position], alive)
@@ -135,11 +142,11 @@ def _run(
 
 @dataclass(frozen=True)
 class Uncut:
-    """An equation that runs at full width in the small function.
+    """An equation that the small function runs wider than the plan has it, at full width along some axis.
 
     Attributes:
       where: primitive, module path and source line.
-      flops: its FLOPs at full width in one call, one per element where it is no contraction; of all its runs
+      flops: its FLOPs in one call as it runs, one per element where it is no contraction; of all its runs
         where it is in a loop.
       again: whether it only runs to rebuild an operand of another one.
     """
@@ -150,7 +157,7 @@ class Uncut:
 
 
 def uncut(groups: Groups, plan: Plan) -> tuple[Uncut, ...]:
-    """What `slim` runs at full width for the deployed outputs, because running it small would not be exact.
+    """What `slim` runs wider for the deployed outputs, because running it small would not be exact.
 
     Args:
       groups: what could leave, at the input shapes for which they were found.
@@ -183,19 +190,20 @@ def what_runs(groups: Groups, plan: Plan) -> tuple[tuple[Uncut, ...], int]:
     program, record = _traced(groups, plan)
     times = dict(each_equation(groups.analysis.program.block))
     needed = dict(each_equation(groups.analysis.program.needed_for(groups.deployed_outputs)))
-    full_width = tuple(
-        Uncut(eqn.where, times.get(eqn, 1) * flops_of(eqn), again)
+    ran = tuple(
+        Uncut(eqn.where, times.get(eqn, 1) * flops, again)
         for equations, again in ((record.uncut, False), (record.again, True))
-        for eqn in equations
-        if not (again and eqn in record.uncut) and (eqn in needed or eqn not in times)
+        for eqn, flops in equations.items()
+        if eqn in needed or eqn not in times
     )
-    return full_width, contraction_flops(program, groups.deployed_outputs)
+    return ran, contraction_flops(program, groups.deployed_outputs)
 
 
 def work_in(groups: Groups) -> int:
     """FLOPs of one call of the full function, counted as `Uncut` counts them."""
-    needed = groups.analysis.program.needed_for(groups.deployed_outputs)
-    return sum(flops_of(eqn) for eqn in needed.equations)
+    program = groups.analysis.program
+    needed = program.needed_for(groups.deployed_outputs)
+    return sum(flops_of(eqn, lambda value: program.avals[value].shape) for eqn in needed.equations)
 
 
 def checked_work(groups: Groups, plan: Plan, budget: Budget) -> tuple[tuple[Uncut, ...], int]:
@@ -225,22 +233,24 @@ def costs_left(groups: Groups, plan: Plan, flops: int) -> dict[str, tuple[int, i
     return costs | {"flops": (made["flops"].total, flops)}
 
 
-def _traced(groups: Groups, plan: Plan) -> tuple[Program, FullWidth]:
-    """The small function as a program, and what of it runs at full width."""
+def _traced(groups: Groups, plan: Plan) -> tuple[Program, Wider]:
+    """The small function as a program, and what of it runs wider."""
     program, alive = groups.analysis.program, _alive(groups.analysis, plan)
     full = [program.avals[value] for value in program.leaf_values]
     leaves = [struct_of(leaf, leaf.dtype, plan.small_shape(i)) for i, leaf in enumerate(full)]
-    record = FullWidth()
+    record = Wider()
 
     def run(*inputs: jax.Array) -> list[jax.Array]:
         nonlocal record
-        outputs, record = _run(groups.analysis, alive, plan, list(inputs))
+        outputs, record = _run(groups.analysis, alive, plan, list(inputs), before)
         return outputs
 
     # The types of the inputs may name the mesh under which the groups were found.
     with program.ambient.manager:
-        inputs = (program.avals[value] for value in program.argument_values)
-        closed = jax.make_jaxpr(run)(*leaves, *(struct_of(aval, aval.dtype) for aval in inputs))
+        arguments = (program.avals[value] for value in program.argument_values)
+        inputs = (*leaves, *(struct_of(aval, aval.dtype) for aval in arguments))
+        before = wider_on_shapes(groups.analysis, alive, inputs)
+        closed = jax.make_jaxpr(run)(*inputs)
     return flatten(closed, leaves=()), record
 
 

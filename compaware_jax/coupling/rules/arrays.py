@@ -93,12 +93,15 @@ def filled_up(operand: Small, axes: Iterable[int], shape: tuple[int, ...]) -> Sm
 
 def spread(eqn: Equation, result: jax.Array, have: Kept, target: Kept) -> jax.Array:
     """Zeros at the indices of a result that stay although the weights that make them are gone."""
-    places: list[np.ndarray | None] = []
-    for index, want in zip(have, target, strict=True):
-        if index is not None and want is not None:
-            index = None if len(want) == len(index) else np.searchsorted(want, index)
-        places.append(index)
+    places = [within(index, want) for index, want in zip(have, target, strict=True)]
     return scatter(result, places, small_shape(eqn.out_shapes[0], target))
+
+
+def within(index: np.ndarray | None, wider: np.ndarray | None) -> np.ndarray | None:
+    """Where kept indices of an axis stand among more that are kept; None where they are the same."""
+    if index is None or wider is None:
+        return index
+    return None if len(wider) == len(index) else np.searchsorted(wider, index)
 
 
 def vanishes(lhs: Small, left: int, rhs: Small, right: int) -> bool:
