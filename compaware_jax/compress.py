@@ -36,7 +36,7 @@ class Result:
       apply: the small function, with the signature of the dense one.
       variables: its variables.
       found: what the search found: the plan, the weights before surgery, what could leave.
-      uncut: what of the small function runs at full width, because it would not be exact otherwise.
+      uncut: what of the small function runs wider, because it would not be exact otherwise.
       verdicts: per criterion its value before and after, and whether it is kept.
       costs: per cost its value before and after; the FLOPs are those that the small function runs, at full
         width where it has to.

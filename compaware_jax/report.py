@@ -169,12 +169,12 @@ class Section:
 
 
 def whole_sections(groups: Groups, plan: Plan) -> list[Section]:
-    """What was not pruned and why, and what of the small function runs at full width."""
+    """What was not pruned and why, and what of the small function runs wider than its plan."""
     sections = [Section("What was not pruned, and why", "", *groups.fixed_table())]
-    ran = uncut(groups, plan)
+    ran, title = uncut(groups, plan), "What runs wider than the plan"
     if not ran:
         text = "Every equation of the small function runs at its small size."
-        return [*sections, Section("What runs at full width", text)]
+        return [*sections, Section(title, text)]
     share = sum(equation.flops for equation in ran) / work_in(groups)
     text = (
         f"{len(ran)} equations, {share:.2%} of the full function's FLOPs: at a smaller size their result "
@@ -183,7 +183,7 @@ def whole_sections(groups: Groups, plan: Plan) -> list[Section]:
     rows = [
         (e.where, e.flops, "to feed another one" if e.again else "inexact at a smaller size") for e in ran
     ]
-    return [*sections, Section("What runs at full width", text, ("equation", "FLOPs", "because"), rows)]
+    return [*sections, Section(title, text, ("equation", "FLOPs", "because"), rows)]
 
 
 _CSS = """

@@ -1,4 +1,4 @@
-"""Surgery on functions: the small function, and what of it runs at full width."""
+"""Surgery on functions: the small function, and what of it runs wider than the plan has it."""
 
 from __future__ import annotations
 
@@ -207,20 +207,20 @@ def work_in(groups: Groups) -> int:
 
 
 def checked_work(groups: Groups, plan: Plan, budget: Budget) -> tuple[tuple[Uncut, ...], int]:
-    """What `what_runs` says of a plan for a budget; a warning where much runs at full width."""
+    """What `what_runs` says of a plan for a budget; a warning where it is much more than by its counts."""
     ran, left = what_runs(groups, plan)
-    share = sum(equation.flops for equation in ran) / max(work_in(groups), 1)
-    over = ""
-    if budget.cost == "flops" and left > budget.limit(groups):
-        over = f" With it {left / flop_cost(groups).total:.0%} of the FLOPs are left, above the budget."
-    if ran and (share > 0.01 or over):
+    cost = flop_cost(groups)
+    planned = cost.exact(np.array([kept for _, kept, _ in plan.counts]))
+    over = budget.cost == "flops" and left > budget.limit(groups)
+    if ran and (left - planned > 0.01 * cost.total or over):
         _LOG.warning(
-            "%.0f %% of the work still runs at full width, e.g. %s, because the small result would not be "
-            "exact.%s uncut(groups, plan) lists it all; constrain(groups, whole=...) keeps whole the units "
-            "that cause it.",
-            100 * share,
+            "%.1f %% of the FLOPs are left%s, by the plan's counts %.1f %%: %s runs wider, because a small "
+            "result would not be exact, and so does what feeds it. uncut(groups, plan) lists it all; "
+            "constrain(groups, whole=...) keeps whole the units that cause it.",
+            100 * left / cost.total,
+            ", above the budget" if over else "",
+            100 * planned / cost.total,
             ran[0].where,
-            over,
         )
     return ran, left
 

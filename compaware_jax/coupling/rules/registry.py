@@ -3,8 +3,8 @@
 A rule reads a primitive three ways:
 
 * *coupling*: which axes of its inputs and outputs are tied (`couple`);
-* *slimming*: how to bind it on smaller arrays (`slim`); ``None`` means that the traced equation runs at
-  full width instead (un-cut), which is always right and sometimes slow;
+* *slimming*: how to bind it on smaller arrays (`slim`); ``None`` means that the traced equation runs wider
+  instead (un-cut): whole along one axis where that will do, else along all; always right, sometimes slow;
 * *work*: the axes whose sizes multiply to its multiply-add count (`work`), for the FLOPs of a plan.
 """
 
@@ -57,8 +57,8 @@ class Rule:
     Attributes:
       couple: ``(ledger, equation, inputs) -> outputs``: what is known of the outputs, having told the
         ledger which atoms leave together.
-      slim: ``(equation, operands, kept_outputs) -> arrays``, or None from it (or instead of it) to run
-        the equation at full width.
+      slim: ``(equation, operands, kept_outputs) -> arrays``, or None from it to run the equation
+        wider (un-cut); None instead of it for one that always runs at full width.
       work: ``equation -> dimensions``, whose sizes multiply to the multiply-adds; a dimension is a tuple
         of the (value id, axis) pairs that run along it.
       loose: ``equation -> [(operand, axis), ...]`` where `slim` takes an operand that is cut although
