@@ -2,6 +2,6 @@
 
 A `plan` says what is kept. `trees` cuts whatever is shaped like the variables, `optimizers` the state of an
 optimizer. `small_function` runs the program on the smaller arrays: `slimming` reads each equation by its
-rule, wider where it would not be exact otherwise, and `small_derivatives` has the derivative rules
-of calls.
+rule, wider where it would not be exact otherwise, `widths` finds values of one width among those of others,
+and `small_derivatives` has the derivative rules of calls.
 """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import groupby
 from typing import Any
@@ -25,8 +25,7 @@ from compaware_jax.coupling.analysis import Analysis
 from compaware_jax.coupling.derivatives import positions_of
 from compaware_jax.coupling.program import Block, Checkpoint, Equation
 from compaware_jax.coupling.rules import REGIONS, RULES, Kept, Parts, Small
-from compaware_jax.coupling.rules.arrays import missing, scatter, small_shape, take, within
-from compaware_jax.coupling.work import flops_of
+from compaware_jax.coupling.rules.arrays import missing, scatter, small_shape, take
 from compaware_jax.placement import dividing, explicit, struct_of
 from compaware_jax.surgery.small_derivatives import (
     InseparableError,
@@ -35,6 +34,7 @@ from compaware_jax.surgery.small_derivatives import (
     pulled_back,
     vjp_of_asked,
 )
+from compaware_jax.surgery.widths import Wider, Widths
 
 
 class _OutOfReachError(Exception):
@@ -83,59 +83,8 @@ def wider_on_shapes(analysis: Analysis, alive: np.ndarray, inputs: Sequence[Any]
 
 
 @dataclass(eq=False)
-class Wider:
-    """What ran wider than the plan has it, and with how many FLOPs in one run.
-
-    Attributes:
-      uncut: equations that cannot run small exactly.
-      again: equations run for the sake of those, to rebuild an operand.
-      alive: per equation the classes that were alive when it ran wider, each time.
-    """
-
-    uncut: dict[Equation, int] = field(default_factory=dict)
-    again: dict[Equation, int] = field(default_factory=dict)
-    alive: dict[Equation, list[np.ndarray]] = field(default_factory=dict)
-
-    def note(self, eqn: Equation, run: _Run) -> None:
-        """Put down that an equation runs wider, in a run."""
-        kind = self.uncut if eqn in self.uncut else self.again
-        kind[eqn] = kind.get(eqn, 0) + run.flops(eqn)
-        self.alive.setdefault(eqn, []).append(run.alive)
-
-    def add(self, other: Wider) -> None:
-        """Take in what ran in a body."""
-        self.uncut.update(other.uncut)
-        self.again.update(other.again)
-        self.alive.update(other.alive)
-
-
-@dataclass(eq=False)
-class _Run:
-    """Equations run with some classes alive.
-
-    Attributes:
-      analysis: of the program.
-      alive: boolean array over its classes.
-      nested: whether it is inside a derivative rule.
-      values: what was computed, cut to the classes alive.
-      producers: the equations that were run, by their outputs.
-      record: what ran wider than it should.
-      before: what did when all of it was run before.
-      narrower: the run in which all equations are run; None where that is this one.
-      wider: runs of the same equations with more classes alive, by these.
-      depth: how many runs asked for wider ones on the way to this one.
-    """
-
-    analysis: Analysis
-    alive: np.ndarray
-    nested: bool = False
-    values: ChainMap[int, Any] = field(default_factory=ChainMap[int, Any])
-    producers: dict[int, Equation] = field(default_factory=dict)
-    record: Wider = field(default_factory=Wider)
-    before: Wider = field(default_factory=Wider)
-    narrower: _Run | None = None
-    wider: dict[bytes, _Run] = field(default_factory=dict)
-    depth: int = 0
+class _Run(Widths):
+    """Equations run with some classes alive."""
 
     def block(self, block: Block, inputs: Sequence[jax.Array]) -> list[jax.Array]:
         self.values.update(zip(block.inputs, inputs, strict=True))
@@ -168,14 +117,6 @@ class _Run:
         for key, found in wider.items():
             self.widened(np.frombuffer(key, bool)).values.update(found)
 
-    def scope(self) -> _Run:
-        """The same run, whose new values are its own: those of another trace may not get out."""
-        inner = replace(self, values=self.values.new_child(), wider={})
-        for key, run in self.wider.items():
-            values = run.values.new_child()
-            inner.wider[key] = replace(run, values=values, narrower=inner, wider=inner.wider)
-        return inner
-
     def results(self, eqn: Equation) -> list[Any]:
         kept = [self.kept(v) for v in eqn.outputs]
         run = self.widest(eqn)
@@ -183,6 +124,8 @@ class _Run:
             with eqn.context:
                 results = self.tried(eqn, kept)
             if results is not None:
+                if self.narrower is not None:
+                    self.record.note(eqn, self)
                 return results
             run = self.widened(self.needed(eqn))
             self.record.uncut.setdefault(eqn, 0)
@@ -192,10 +135,23 @@ class _Run:
             run.obtain(v)
         return [run.narrowed(v, index) for v, index in zip(eqn.outputs, kept, strict=True)]
 
-    def widest(self, eqn: Equation) -> _Run:
-        """The run whose results of an equation have those of this one in them, as things were before."""
-        others = [a for a in self.before.alive.get(eqn, []) if (a >= self.alive).all()]
-        return self.widened(max(others, key=np.count_nonzero)) if others else self
+    def obtain(self, value: int) -> Any:
+        """A value of a wider run: out of another one, or by its producers."""
+        # A stack, not recursion: a deep model may have thousands of such equations in a row.
+        pending, constants = [value], self.analysis.program.constants
+        while pending:
+            last = pending[-1]
+            if last in self.values or last in constants or self.filled(last):
+                pending.pop()
+            elif last not in self.producers:
+                raise _OutOfReachError(last)
+            else:
+                eqn = self.producers[last]
+                needed = [v for v in eqn.inputs if v not in self.values and v not in constants]
+                pending += needed
+                if not needed:
+                    self.values.update(zip(eqn.outputs, self.results(eqn), strict=True))
+        return self.read(value)
 
     def tried(self, eqn: Equation, kept: list[Kept]) -> list[Any] | None:
         """The results of an equation, or None where it does not run exactly with these classes alive."""
@@ -243,15 +199,6 @@ class _Run:
             jax.eval_shape(run, *structs)
         return found[0]
 
-    def shape(self, value: int) -> tuple[int, ...]:
-        return small_shape(self.analysis.program.avals[value].shape, self.kept(value))
-
-    def flops(self, eqn: Equation) -> int:
-        return flops_of(eqn, self.shape)
-
-    def kept(self, value: int) -> Kept:
-        return self.analysis.kept(value, self.alive)
-
     def moved(self, eqn: Equation, kept: list[Kept]) -> list[jax.Array]:
         """The results of an equation that moves elements from or to a value that stays whole."""
         shapes = zip(eqn.inputs, eqn.in_shapes, strict=True)
@@ -276,11 +223,6 @@ class _Run:
             jnp.zeros(shape, aval.dtype, device=dividing(explicit(aval.sharding), shape))
             for shape, aval in zip(shapes, avals, strict=True)
         ]
-
-    def read(self, value: int) -> Any:
-        if value not in self.values:
-            self.values[value] = jnp.asarray(self.analysis.program.constants[value])
-        return self.values[value]
 
     def equation(self, eqn: Equation, kept: list[Kept]) -> list[jax.Array] | None:
         operands = [
@@ -350,72 +292,6 @@ class _Run:
         )
         self.record.add(record)
         return [take(x, missing(want, got)) for x, want, got in zip(results, kept, made, strict=True)]
-
-    @property
-    def full(self) -> _Run:
-        """The run with all classes alive, whose values are those of the masked network at full width."""
-        return self.widened(np.ones_like(self.alive))
-
-    def widened(self, classes: np.ndarray) -> _Run:
-        """The run with more classes alive."""
-        alive = self.alive | classes
-        if (alive == self.alive).all():
-            return self
-        key = alive.tobytes()
-        if key not in self.wider:
-            narrow = self if self.narrower is None else self.narrower
-            self.wider[key] = replace(
-                self, alive=alive, values=ChainMap(), narrower=narrow, depth=self.depth + 1
-            )
-        return self.wider[key]
-
-    @property
-    def within(self) -> list[_Run]:
-        """The runs whose classes alive are alive in this one, too."""
-        runs = [self.narrower, *self.wider.values()] if self.narrower else []
-        return [run for run in runs if run is not self and not (run.alive & ~self.alive).any()]
-
-    def fills(self, value: int, wider: _Run) -> bool:
-        """Whether a value of this run, with zeros at the places cut, is that of a wider one."""
-        constants, labels = self.analysis.program.constants, self.analysis.solution.labels
-        if value not in self.values and value not in constants:
-            return False
-        if value in self.analysis.ragged:
-            factors = self.analysis.factors[value]
-            return not any((wider.alive & ~self.alive)[labels[f.ids]].any() for f in factors)
-        kept = self.analysis.zero(value), self.kept(value), wider.kept(value)
-        return all(zero or within(have, want) is None for zero, have, want in zip(*kept, strict=True))
-
-    def narrowed(self, value: int, kept: Kept) -> Any:
-        """A value of this run cut to less."""
-        places = (within(want, have) for want, have in zip(kept, self.kept(value), strict=True))
-        return take(self.read(value), list(places))
-
-    def obtain(self, value: int) -> Any:
-        """A value of a wider run: from the narrower one, or by its producers."""
-        # A stack, not recursion: a deep model may have thousands of such equations in a row.
-        pending, constants = [value], self.analysis.program.constants
-        while pending:
-            last = pending[-1]
-            if last in self.values or last in constants:
-                pending.pop()
-            elif (source := next((run for run in self.within if run.fills(last, self)), None)) is not None:
-                kept = zip(source.kept(last), self.kept(last), strict=True)
-                places = [within(have, want) for have, want in kept]
-                self.values[last] = scatter(source.read(last), places, self.shape(last))
-            elif last in self.full.values:
-                self.values[last] = take(self.full.values[last], self.kept(last))
-            elif last in self.producers:
-                eqn = self.producers[last]
-                needed = [v for v in eqn.inputs if v not in self.values and v not in constants]
-                if needed:
-                    pending += needed
-                    continue
-                self.record.note(eqn, self)
-                self.values.update(zip(eqn.outputs, self.results(eqn), strict=True))
-            else:
-                raise _OutOfReachError(last)
-        return self.read(value)
 
     def call(
         self, eqn: Equation, body: Block, operands: list[Small], kept: list[Kept]

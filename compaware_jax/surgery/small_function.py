@@ -25,7 +25,8 @@ from compaware_jax.garbage import uncollected
 from compaware_jax.paths import named_leaves
 from compaware_jax.placement import sharding_in_type, struct_of
 from compaware_jax.surgery.plan import Plan
-from compaware_jax.surgery.slimming import Wider, run_small, wider_on_shapes
+from compaware_jax.surgery.slimming import run_small, wider_on_shapes
+from compaware_jax.surgery.widths import Wider
 
 _LOG = logging.getLogger(__name__)
 
