@@ -67,8 +67,8 @@ class Widths:
     producers: dict[int, Equation] = field(default_factory=dict)
     record: Wider = field(default_factory=Wider)
     before: Wider = field(default_factory=Wider)
-    narrower: Self | None = None
-    wider: dict[bytes, Self] = field(default_factory=dict)
+    narrower: Any = None
+    wider: dict[bytes, Any] = field(default_factory=dict)
     depth: int = 0
 
     def kept(self, value: int) -> Kept:
