@@ -191,7 +191,7 @@ def table(rows: list[Row]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The rows as Markdown, with how the units were counted by hand and what runs at full width."""
+    """The rows as Markdown, with how the units were counted by hand and what runs wider than the plan."""
     more = [
         (*cells(row), row.by_hand, "; ".join(where.split(" (")[0] for where in row.uncut[:3])) for row in rows
     ]
