@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 
 from compaware_jax.coupling.groups import Groups
+from compaware_jax.coupling.program import is_smooth
 from compaware_jax.errors import PlanError
 from compaware_jax.placement import on_host, place_of
 
@@ -74,7 +75,7 @@ def _per_unit(groups: Groups, gates: Any, xp: Any) -> Any:
 def _masked(leaf: Any, factor: Any, xp: Any) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return leaf  # A random key is no number, and none of its axes leaves.
-    if not jnp.issubdtype(leaf.dtype, np.inexact):
+    if not is_smooth(leaf):
         # There is nothing between an integer and zero that every reader of it would take for less.
         return xp.where(factor > 0, xp.asarray(leaf), xp.zeros((), leaf.dtype))
     with np.errstate(all="ignore"):  # What is infinite or no number is so in a program, too.

@@ -115,6 +115,12 @@ def test_what_a_search_masked_is_not_taken_for_new():
     assert after["counts"].tolist() == [5, 6, 8]
 
 
+def test_updates_are_taken_as_they_are():
+    """A running minimum starts far off: a difference from there would lose it."""
+    given, news = {"least": jnp.float32(1e10)}, {"least": jnp.float32(0.9)}
+    assert updated(given, news, given)["least"] == news["least"]
+
+
 def test_law(variables, x64):
     wide = jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, variables)
     groups = ca.find_groups(apply, wide, X.astype(float))
@@ -167,6 +173,25 @@ def test_gradients_of_integers_are_not_looked_at(variables):
         evidence.norm, np.hypot(gradients["first"]["scale"], gradients["bias"]), rtol=1e-5
     )
     assert np.isfinite(importance.taylor2(groups, value, variables)).all()
+
+
+@pytest.mark.parametrize("score", [importance.l1, importance.l2, importance.lamp, importance.fpgm])
+def test_magnitudes_are_of_weights(variables, score):
+    """Codes, counters and flags rank nothing beside floats, and only where there is nothing else."""
+    counted = variables | {"seen": jnp.arange(HIDDEN) * 1000, "code": jnp.ones((HIDDEN, 3), jnp.int4)}
+
+    def reads_all(v, x):
+        hidden = jnp.where(v["seen"] >= 0, dense(v["first"], x) + v["bias"], 0) * v["alive"]
+        return jnp.concatenate([dense(v["last"], hidden), hidden @ v["code"].astype(x.dtype)], 1)
+
+    groups = ca.find_groups(reads_all, counted, X[:1])
+    assert {path for path, *_ in groups.groups[0].axes} >= {"seen", "code", "first/q", "last/q"}
+    floats = {"scale": counted["first"]["scale"], "bias": counted["bias"]}
+    alone = ca.find_groups(lambda v, x: (x[:, :1] * v["scale"] + v["bias"]).sum(1), floats, X[:1])
+    np.testing.assert_allclose(score(groups, counted), score(alone, floats), rtol=1e-5)
+    at_boundary = ca.find_groups(reads_all, counted, X[:1], boundary=True)
+    read = next(group for group in at_boundary.groups if group.axes == (("first/q", 0, 1),))
+    assert (np.asarray(score(at_boundary, counted))[read.slice] > 0).all()
 
 
 def test_what_is_refused(variables):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from compaware_jax.coupling.analysis import Analysis
+from compaware_jax.coupling.program import is_smooth
 from compaware_jax.errors import RequestError
 from compaware_jax.paths import named_leaves
 from compaware_jax.tables import text_table
@@ -36,11 +37,6 @@ class Leaf:
     path: str
     shape: tuple[int, ...]
     dtype: str
-
-    @property
-    def trained(self) -> bool:
-        """Whether a gradient trains it: its numbers are floating-point or complex."""
-        return self.dtype.startswith(("float", "bfloat", "complex"))
 
 
 @dataclass(frozen=True)
@@ -204,7 +200,9 @@ class Groups:
     @property
     def trained(self) -> np.ndarray:
         """Which groups hold anything that a gradient trains, boolean of shape (groups,)."""
-        paths = {leaf.path for leaf in self.leaves if leaf.trained}
+        program = self.analysis.program
+        values = zip(self.leaves, program.leaf_values, strict=True)
+        paths = {leaf.path for leaf, value in values if is_smooth(program.avals[value])}
         return np.array([any(path in paths for path, *_ in group.axes) for group in self.groups], bool)
 
     def below(self, counts: np.ndarray) -> np.ndarray:

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compaware_jax.coupling.groups import Groups
+from compaware_jax.coupling.program import is_smooth
 from compaware_jax.importance.units import squared, unit_sum
 from compaware_jax.masks import apply_mask
-from compaware_jax.training.trained import is_trained
 
 Value = Callable[[Any], Array]
 """``variables -> scalar``, differentiable."""
@@ -39,7 +39,7 @@ def _where_trained(of: Callable[[Any, Any], Any], variables: Any, gradients: Any
     """A function of each leaf and its gradient; zeros for what has none."""
 
     def value(leaf: Any, gradient: Any) -> Any:
-        return of(leaf, gradient) if is_trained(leaf) else np.zeros(leaf.shape, np.float32)
+        return of(leaf, gradient) if is_smooth(leaf) else np.zeros(leaf.shape, np.float32)
 
     return jax.tree.map(value, variables, gradients)
 

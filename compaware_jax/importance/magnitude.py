@@ -1,4 +1,4 @@
-"""Importance by the weights alone."""
+"""Importance by the weights alone; integers and flags are none, see `unit_sum`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compaware_jax.coupling.groups import Groups
-from compaware_jax.importance.units import as_numbers, floats, squared, sums_over_units, unit_sum
+from compaware_jax.importance.units import as_numbers, counted, floats, squared, sums_over_units, unit_sum
 from compaware_jax.placement import replicated
 
 
@@ -65,7 +65,7 @@ def fpgm(groups: Groups, variables: Any) -> Float[Array, " units"]:
       He et al., Filter Pruning via Geometric Median, arXiv 1811.00250, over whole coupled units.
     """
     squares = [jnp.zeros((group.units, group.units)) for group in groups.groups]
-    for leaf, axes in zip(jax.tree.leaves(variables), groups.units_of, strict=True):
+    for leaf, axes in counted(groups, variables):
         for axis, units in enumerate(axes):
             for number in np.unique(groups.group_of_unit[units[units >= 0]]):
                 rows = np.flatnonzero((units >= 0) & (groups.group_of_unit[units] == number))

@@ -14,11 +14,16 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num
 
 from compaware_jax.coupling.groups import Groups
+from compaware_jax.coupling.program import is_smooth
 from compaware_jax.placement import on_host, replicated
 
 
 def unit_sum(groups: Groups, tree: Any, of: Callable[[Any], Any] = lambda x: x) -> Float[Array, " units"]:
     """Sum over everything that a unit holds (an element under two of its axes counts twice).
+
+    Integers and flags, such as the codes of a quantised kernel or a counter, are no weights beside those that
+    are: they count for groups that hold nothing else. Where a kernel's scale is not among what a unit holds,
+    rank by the weights that it stands for.
 
     Args:
       groups: what can leave.
@@ -38,7 +43,19 @@ def squared(x: Any) -> Any:
 
 def as_numbers(array: Any) -> jax.Array:
     """An array on the device as floats of the default type at least, or complex numbers of such."""
-    return jnp.asarray(array, jnp.promote_types(array.dtype, jax.dtypes.canonicalize_dtype(float)))
+    default = jax.dtypes.canonicalize_dtype(float)
+    return jnp.asarray(array, jnp.promote_types(array.dtype, default) if is_smooth(array) else default)
+
+
+def counted(groups: Groups, tree: Any) -> list[tuple[Any, list[np.ndarray]]]:
+    """The leaves of a tree and per axis the units that they count for; see `unit_sum`."""
+    pairs = list(zip(jax.tree.leaves(tree), map(list, groups.units_of), strict=True))
+    if not all(is_smooth(leaf) for leaf, _ in pairs):
+        beside_weights = np.append(groups.trained[groups.group_of_unit], False)
+        for leaf, axes in pairs:
+            if not is_smooth(leaf):
+                axes[:] = [np.where(beside_weights[units], -1, units) for units in axes]
+    return pairs
 
 
 def floats(values: Any) -> jax.Array:
@@ -55,7 +72,7 @@ def sums_over_units(groups: Groups, tree: Any, of: Callable[[Any], Any]) -> np.n
     # On the host, numpy spares a compilation per shape.
     xp = np if all(on_host(leaf) for leaf in leaves) else jnp
     sums, places = [xp.zeros(0)], [np.zeros(0, int)]
-    for leaf, axes in zip(leaves, groups.units_of, strict=True):
+    for leaf, axes in counted(groups, tree):
         wanted = [axis for axis, units in enumerate(axes) if units.max(initial=-1) >= 0]
         if wanted:
             sums += (_host_sums if xp is np else _device_sums)(leaf, wanted, of)
@@ -76,7 +93,9 @@ def _device_sums(leaf: Any, wanted: Sequence[int], of: Callable[[Any], Any]) -> 
 @cache
 def _wide(dtype: Any) -> Any:
     # Sums of narrow floats lose what they add; float32 at least.
-    return jnp.promote_types(dtype, jnp.float32)
+    return (
+        jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else np.dtype(np.float32)
+    )
 
 
 # So many elements at a time stay in the cache.

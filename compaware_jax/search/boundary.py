@@ -20,12 +20,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compaware_jax.coupling.groups import Groups, Limits
+from compaware_jax.coupling.program import is_smooth
 from compaware_jax.importance import Evidence, fisher, no_evidence, observe, ranks
 from compaware_jax.masks import apply_mask
 from compaware_jax.search.coefficients import Problem
 from compaware_jax.training.fit import adam_cosine
 from compaware_jax.training.loop import run_once
-from compaware_jax.training.trained import descended, is_trained, value_and_gradients
+from compaware_jax.training.trained import descended, value_and_gradients
 
 EVIDENCE_STEPS = 100
 CALIBRATION_STEPS = 200
@@ -127,7 +128,7 @@ def _calibrated(problem: Problem, gates: jax.Array, variables: Any, steps: int, 
     alone = [
         i
         for i, (leaf, axes) in enumerate(zip(leaves, problem.groups.units_of, strict=True))
-        if is_trained(leaf) and not any((units >= 0).any() for units in axes)
+        if is_smooth(leaf) and not any((units >= 0).any() for units in axes)
     ]
     rule = adam_cosine(learning_rate, steps)
 

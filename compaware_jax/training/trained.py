@@ -12,18 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-
-def is_trained(leaf: Any) -> bool:
-    """Whether a leaf's numbers are floating-point or complex."""
-    return jnp.issubdtype(jax.dtypes.result_type(leaf), np.inexact)
+from compaware_jax.coupling.program import is_smooth
 
 
 def trained_part(variables: Any) -> Any:
     """The variables with None in place of what no gradient trains, as optimizers take them."""
-    return jax.tree.map(lambda leaf: leaf if is_trained(leaf) else None, variables)
+    return jax.tree.map(lambda leaf: leaf if is_smooth(leaf) else None, variables)
 
 
 def with_part(variables: Any, part: Any) -> Any:
@@ -35,7 +31,7 @@ def with_part(variables: Any, part: Any) -> Any:
     """
     leaves, structure = jax.tree.flatten(variables)
     new = iter(jax.tree.leaves(part))
-    return jax.tree.unflatten(structure, [next(new) if is_trained(leaf) else leaf for leaf in leaves])
+    return jax.tree.unflatten(structure, [next(new) if is_smooth(leaf) else leaf for leaf in leaves])
 
 
 def value_and_gradients(function: Callable[[Any], Any], variables: Any) -> Any:
