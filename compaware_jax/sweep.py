@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -131,8 +132,7 @@ class _Lanes:
         fractions = jnp.array([budget.fraction for budget, _ in asked])
         searches = jax.vmap(self.search.init, in_axes=(None, 0, 0, 0))(variables, fractions, keys, offset)
         gates = jnp.ones((len(asked), self.problem.groups.units))
-        tune = jax.vmap(self._tuner(gates[0], offset[0])[0])(self.search.variables(searches))
-        return _State(searches, tune, gates, offset)
+        return _State(searches, self._untuned(self.search.variables(searches)), gates, offset)
 
     def step(self, state: _State, index: jax.Array) -> tuple[_State, dict[str, jax.Array]]:
         """One step of the search or of the fine-tune, of all lanes."""
@@ -148,10 +148,14 @@ class _Lanes:
             keep_units(self.problem.groups, score, round_counts(self.problem.cost, share, limit))
             for score, share, limit in zip(scores, shares, self.limits, strict=True)
         ]
-        return state._replace(
-            gates=jnp.asarray(np.array(gates), state.gates.dtype),
-            tune=state.tune._replace(variables=trained),
-        )
+        hard = jnp.asarray(np.array(gates), state.gates.dtype)
+        # What a loss says of the variables, such as a penalty, it says of those that stay.
+        masked = jax.vmap(partial(apply_mask, self.problem.groups))(hard, trained)
+        return state._replace(gates=hard, tune=self._untuned(masked))
+
+    def _untuned(self, variables: Any) -> FitState:
+        """Where fine-tunes start; an optimizer's state may hold what it starts from."""
+        return jax.vmap(self._tuner(jnp.ones(self.problem.groups.units), jnp.int32(0))[0])(variables)
 
     def coefficients(self, state: _State) -> np.ndarray:
         """Kept share per lane and group, shape (lanes, groups)."""

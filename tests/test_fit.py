@@ -94,3 +94,28 @@ def test_lanes_take_it(trained):
     assert point.plan == result.plan
     chex.assert_trees_all_close(point.variables, result.variables, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_equal(result.variables, ca.shrink(result.found.variables, result.plan))
+
+
+def test_lanes_start_anew_with_it(trained):
+    """Its state holds weights: those that the search ended with, not those that it began with."""
+    same = {"criteria": [], "optimizer": optax.contrib.schedule_free_adamw(1e-2)}
+    same |= {"search": ca.GradientSearch(steps=60), "fine_tune": 60}
+    (point,) = tasks.sweep(trained, **same)
+    result = tasks.compress(trained, **same)
+    assert point.plan == result.plan
+    chex.assert_trees_all_close(point.variables, result.variables, rtol=1e-3, atol=1e-4)
+
+
+def test_optimizers_that_hold_arrays_in_programs_of_their_own(trained, tmp_path):
+    def scaled(by):
+        def update(gradients, state, params=None):
+            return jax.jit(lambda g: jax.tree.map(lambda x: -1e-3 * by.sum() * x, g))(gradients), state
+
+        return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+    fit = partial(
+        ca.fit, tasks.apply, trained[0], tasks.loss, tasks.batches, 4, directory=tmp_path, progress=False
+    )
+    fit(optimizer=scaled(jnp.ones(50)))
+    with pytest.raises(CheckpointError, match=r"another job.*optimizer"):
+        fit(optimizer=scaled(2 * jnp.ones(50)))

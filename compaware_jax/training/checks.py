@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from compaware_jax.coupling.trace import trace
+from compaware_jax.coupling.program import is_smooth
+from compaware_jax.coupling.trace import flatten, trace
 from compaware_jax.errors import CompawareError, CriterionError, RequestError, TraceError, gist
 from compaware_jax.paths import named_leaves
 from compaware_jax.training.criteria import Criterion
 from compaware_jax.training.loop import digest
 from compaware_jax.training.objective import Batches, Loss, trainable, updated, value_and_updates
-from compaware_jax.training.trained import is_trained, trained_part, value_and_gradients, with_part
+from compaware_jax.training.trained import trained_part, value_and_gradients, with_part
 
 ASKED = (
     "It is called as f(apply, variables, batch) with the dense, the masked and the small model, and has to "
@@ -94,7 +95,8 @@ def optimizer_mark(optimizer: Any, variables: Any, caller: str) -> str | None:
         )
     # Functions in it, as of custom derivatives, are printed with their addresses.
     text = re.sub(r"0x[0-9a-f]+", "", str(program))
-    return digest([np.frombuffer(text.encode(), np.uint8), *program.consts])
+    held = flatten(program, leaves=()).constants.values()
+    return digest([np.frombuffer(text.encode(), np.uint8), *held])
 
 
 def check_trainable(variables: Any, caller: str) -> None:
@@ -109,7 +111,7 @@ def check_trainable(variables: Any, caller: str) -> None:
             f"{caller}: {wrong[:3]} are no arrays, expected arrays of JAX or numpy. Close over what is no "
             "number; make arrays of numbers, jnp.asarray(leaf)."
         )
-    trained = {path: leaf.dtype for path, leaf in leaves if is_trained(leaf)}
+    trained = {path: leaf.dtype for path, leaf in leaves if is_smooth(leaf)}
     if not trained:
         raise RequestError(
             f"{caller}: the variables have no floating-point array, and no gradient trains others: "
