@@ -139,7 +139,7 @@ def component_table(groups: Groups, plan: Plan) -> list[tuple[str, int, int, str
         name = groups.component_of(leaf.path)
         before[name] = before.get(name, 0) + int(np.prod(leaf.shape))
         after[name] = after.get(name, 0) + int(np.prod(plan.small_shape(number)))
-    return [(n, before[n], after[n], f"{after[n] / before[n]:.1%}") for n in before]
+    return [(n, before[n], after[n], f"{after[n] / max(before[n], 1):.1%}") for n in before]
 
 
 def _hash(content: Mapping[str, Any]) -> str:

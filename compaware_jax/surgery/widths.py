@@ -121,7 +121,7 @@ class Widths:
         return self.wider[key]
 
     @property
-    def within(self) -> list[Self]:
+    def subsets(self) -> list[Self]:
         """The runs whose classes alive are alive in this one, too."""
         runs = [self.narrower, *self.wider.values()] if self.narrower else []
         return [run for run in runs if run is not self and not (run.alive & ~self.alive).any()]
@@ -144,7 +144,7 @@ class Widths:
 
     def filled(self, value: int) -> bool:
         """Whether a value that is not here is here now, out of a run whose classes are alive here, too."""
-        source = next((run for run in self.within if run.fills(value, self)), None)
+        source = next((run for run in self.subsets if run.fills(value, self)), None)
         if source is not None:
             kept = zip(source.kept(value), self.kept(value), strict=True)
             places = [within(have, want) for have, want in kept]

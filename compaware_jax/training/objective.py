@@ -173,11 +173,11 @@ def updated(variables: Any, updates: Any, seen: Any = None) -> Any:
 
 
 def _moved(leaf: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """A leaf, changed as the new value is from the old one."""
-    if jnp.issubdtype(leaf.dtype, np.number):
-        return leaf + (new - old)
+    """A leaf, changed as the new value is from the old one; the new one where the old one was the leaf's."""
     # Flags and random keys have no differences.
-    return jnp.where(new == old, leaf, new)
+    number = jnp.issubdtype(leaf.dtype, np.number)
+    changed = leaf + (new - old) if number else jnp.where(new == old, leaf, new)
+    return jnp.where(old == leaf, new, changed)
 
 
 def _once(apply: Apply) -> Apply:
