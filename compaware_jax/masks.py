@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Num
 from compaware_jax.coupling.groups import Groups
 from compaware_jax.coupling.program import is_smooth
 from compaware_jax.errors import PlanError
-from compaware_jax.placement import on_host, place_of
+from compaware_jax.placement import is_weak, on_host, place_of
 
 
 def mask(groups: Groups, gates: Num[ArrayLike, " units"], variables: Any) -> Any:
@@ -78,6 +78,8 @@ def _masked(leaf: Any, factor: Any, xp: Any) -> Any:
     if not is_smooth(leaf):
         # There is nothing between an integer and zero that every reader of it would take for less.
         return xp.where(factor > 0, xp.asarray(leaf), xp.zeros((), leaf.dtype))
+    if is_weak(leaf):
+        return jnp.asarray(leaf).at[...].multiply(factor.astype(leaf.dtype))  # A product would not be weak.
     with np.errstate(all="ignore"):  # What is infinite or no number is so in a program, too.
         return (xp.asarray(leaf) * factor).astype(leaf.dtype)
 

@@ -88,9 +88,19 @@ def resharded(array: Any, axis: int, change: Callable[[Any], Any]) -> Any:
 
 
 def struct_of(array: Any, dtype: Any, shape: Sequence[int] | None = None) -> jax.ShapeDtypeStruct:
-    """The shape of an array, or another one, with a dtype, sharded as far as that is part of its type."""
+    """The shape of an array, or another one, with a dtype, sharded as far as that is part of its type.
+
+    An array that gives way to the dtypes that it meets, such as `jnp.array(2.0)`, does so as well.
+    """
     shape = np.shape(array) if shape is None else tuple(shape)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=dividing(sharding_in_type(array), shape))
+    return jax.ShapeDtypeStruct(
+        shape, dtype, sharding=dividing(sharding_in_type(array), shape), weak_type=is_weak(array)
+    )
+
+
+def is_weak(array: Any) -> bool:
+    """Whether an array, or an abstract one, gives way to the dtypes that it meets."""
+    return getattr(array, "weak_type", False)
 
 
 def _addressable(array: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import compaware_jax as ca
 
@@ -51,6 +52,11 @@ def loss(f: Any, variables: Any, batch: jax.Array) -> jax.Array:
     return jnp.mean((f(variables, batch) - batch) ** 2)
 
 
+def penalized(f: Any, variables: Any, batch: jax.Array) -> jax.Array:
+    """Mean squared error and the length of all weights, which those that left add nothing to."""
+    return loss(f, variables, batch) + 0.1 * optax.tree.norm(variables)
+
+
 def held_out() -> jax.Array:
     """Points that no batch holds."""
     return points(jax.random.key(2), 500)
@@ -81,8 +87,8 @@ def compress(trained: tuple[Any, ca.Groups], **changes: Any) -> ca.Result:
     """The main job on a trained model and its groups, with changes to what is asked."""
     variables, found = trained
     asked = {"budget": ca.params(0.5), "search": SEARCH, "fine_tune": 200, "held_out": held_out()}
-    asked |= _ASKED | {"groups": found, "batches": batches} | changes
-    return ca.compress(apply, variables, loss, **asked)
+    asked |= _ASKED | {"groups": found, "loss": loss, "batches": batches} | changes
+    return ca.compress(apply, variables, **asked)
 
 
 def sweep(trained: tuple[Any, ca.Groups], **changes: Any) -> Any:
@@ -90,4 +96,4 @@ def sweep(trained: tuple[Any, ca.Groups], **changes: Any) -> Any:
     variables, found = trained
     asked = {"budgets": [ca.params(0.5)], "search": ca.GradientSearch(steps=10), "fine_tune": 10}
     asked |= _ASKED | {"held_out": held_out(), "groups": found} | changes
-    return ca.sweep(apply, variables, loss, batches, **asked)
+    return ca.sweep(apply, variables, **({"loss": loss, "batches": batches} | asked))

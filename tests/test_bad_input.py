@@ -183,6 +183,12 @@ def test_output_that_shows_the_channels_keeps_them():
     assert "output `1`" in str(groups)
 
 
+def abstract(tree):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=jax.typeof(x).weak_type), tree
+    )
+
+
 @pytest.mark.usefixtures("x64")
 def test_ignored_leaf_stays_as_it_is():
     groups = ca.find_groups(two_layers, variables(spare=np.ones((4, 4))), X)
@@ -201,6 +207,26 @@ def test_weakly_typed_inputs():
     plan = ca.plan_units(groups, np.arange(4) < 2)
     small = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), ca.shrink(variables(), plan))
     assert ca.slim(apply, plan)(small, jnp.asarray(X, jnp.bfloat16), 2.0).dtype == jnp.bfloat16
+
+
+def test_weakly_typed_variables():
+    """`jnp.array(2.0)` gives way to the dtypes that it meets, in the small function as in the dense one."""
+
+    def scaled(v, x):
+        hidden = jnp.tanh(x @ v["a"]) * v["scale"] * v["scales"]
+        return jax.lax.scan(lambda c, _: (c * v["scale"], None), hidden, length=2)[0] @ v["b"]
+
+    narrow = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), variables())
+    tree = narrow | {"scale": jnp.array(2.0), "scales": jnp.full((4,), 3.0)}
+    x = jnp.asarray(X, jnp.bfloat16)
+    groups = ca.find_groups(scaled, tree, x)
+    plan = ca.plan_units(groups, np.arange(4) < 2)
+    small, masked = ca.shrink(tree, plan), ca.apply_mask(groups, 1.0 * (np.arange(4) < 2), tree)
+    apart = {"scale", "scales"}
+    for changed in (small, masked, ca.expand(small, plan), ca.shrink(abstract(tree), plan)):
+        assert {name for name, leaf in changed.items() if leaf.weak_type} == apart
+    assert ca.slim(scaled, plan)(small, x).dtype == scaled(masked, x).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ca.slim(scaled, plan)(small, x), scaled(masked, x))
 
 
 def test_rows_that_this_input_does_not_read_stay():

@@ -309,7 +309,7 @@ def test_a_point_of_the_grid_is_scored_beyond_its_fine_tune(one_group):
     """Tuned as `fit` does, criteria included, from the data position given; then come unseen batches."""
     apply, variables, groups = one_group
     criteria = (ca.at_most("size", lambda f, v, b: jnp.mean(f(v, b) ** 2), 1e-3),)
-    problem = Problem(apply, tasks.loss, tasks.batches, groups, parameter_cost(groups), criteria)
+    problem = Problem(apply, tasks.penalized, tasks.batches, groups, parameter_cost(groups), criteria)
     search = ca.GridSearch(steps_each=20, learning_rate=1e-2, at_once=1, validate=2).build(problem)
 
     @jax.jit
@@ -321,10 +321,10 @@ def test_a_point_of_the_grid_is_scored_beyond_its_fine_tune(one_group):
     plan = ca.plan_units(groups, ranks(groups, problem.score(groups, variables)) < 3)
     small = ca.slim(apply, plan)
     tuned, _ = ca.fit(
-        small, ca.shrink(variables, plan), tasks.loss, lambda step: tasks.batches(step + 7), 20,
+        small, ca.shrink(variables, plan), tasks.penalized, lambda step: tasks.batches(step + 7), 20,
         learning_rate=1e-2, criteria=criteria, progress=False,
     )  # fmt: skip
-    losses = [float(tasks.loss(small, tuned, tasks.batches(7 + step))) for step in (20, 21)]
+    losses = [float(tasks.penalized(small, tuned, tasks.batches(7 + step))) for step in (20, 21)]
     np.testing.assert_allclose(found(), [np.mean(losses)], rtol=1e-3)
 
 

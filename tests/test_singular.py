@@ -88,6 +88,10 @@ SINGULAR = {
     "between two channels": lambda h: (1 / (h[:, :, None] - 1.3 * h[:, None, :])).sum(2),
     "sums so far": lambda h: jnp.sqrt(jnp.cumsum(h * h, 1)),
     "the largest so far": lambda h: jnp.log(lax.cummax(jnp.abs(h), 1)),
+    # Infinite or no number as what is chosen.
+    "masked by its own value": lambda h: jax.nn.softmax(jnp.where(h != 0, h, -jnp.inf), 0),
+    "the largest of what is positive": lambda h: jnp.where(jnp.abs(h) > 0, h, -jnp.inf).max(0),
+    "a mean of numbers": lambda h: jnp.nanmean(jnp.where(h == 0, jnp.nan, h), 0),
     # By a derivative rule.
     "a rule of tangents": with_a_tangent,
     "a rule of cotangents": with_a_cotangent,
@@ -128,6 +132,8 @@ GUARDED = {
     "a sum of some rows": lambda h: jax.nn.softmax(jnp.where(EVEN_ROWS, h, -jnp.inf), 0),
     "rows joined with data": lambda h: jnp.log(jnp.concatenate([jnp.exp(h), X @ np.zeros((3, 6)) + 1], 0)),
     "a logarithm of its own": lambda h: jax.scipy.special.logit(sigmoid(h)),
+    "above nothing": lambda h: jnp.maximum(jnp.where(jnp.isinf(h), 0.0, h), -jnp.inf),
+    "a number for what is none": lambda h: jnp.nan_to_num(jnp.where(jnp.isnan(h), 0.0, h)),
     "an entropy": lambda h: -sigmoid(h) * jnp.log(sigmoid(h)),
     "a quotient of features": lambda h: (lambda f: f / f.sum(0))(jax.nn.elu(h) + 1),
     "a cardinal sine": jnp.sinc,

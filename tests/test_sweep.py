@@ -47,6 +47,14 @@ def test_sweep_is_what_compress_does(trained):
         chex.assert_trees_all_close(point.variables, alone.variables, rtol=1e-2, atol=1e-3)
 
 
+def test_penalties_are_of_what_stays(trained):
+    same = {"loss": tasks.penalized, "criteria": [], "search": tasks.SEARCH, "fine_tune": 50}
+    (point,) = tasks.sweep(trained, **same)
+    result = tasks.compress(trained, **same)
+    assert point.plan == result.plan
+    chex.assert_trees_all_close(point.variables, result.variables, rtol=1e-3, atol=1e-4)
+
+
 def test_a_lane_that_diverges_leaves_the_others(trained, caplog):
     """The second seed meets a batch of values that are not finite; its criterion cannot tell."""
 

@@ -97,7 +97,9 @@ class GridSearch:
             start, step = fit_step(
                 masked, problem.loss, batches, rule, problem.criteria, steps=self.steps_each
             )
-            tuned, _ = jax.lax.scan(step, start(variables), jnp.arange(self.steps_each))
+            # What a loss says of the variables, such as a penalty, it says of those that stay.
+            hard = apply_mask(groups, gates, variables)
+            tuned, _ = jax.lax.scan(step, start(hard), jnp.arange(self.steps_each))
             unseen = self.steps_each + jnp.arange(self.validate)
             values = jax.lax.map(lambda i: problem.value(masked, tuned.variables, batches(i)), unseen)
             return values.mean()

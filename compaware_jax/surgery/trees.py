@@ -14,7 +14,7 @@ from compaware_jax.coupling.groups import COLLECTIONS
 from compaware_jax.coupling.rules.arrays import scatter
 from compaware_jax.errors import PlanError
 from compaware_jax.paths import named_leaves, path_name
-from compaware_jax.placement import is_spread, on_host, place_of
+from compaware_jax.placement import is_spread, is_weak, on_host, place_of
 from compaware_jax.surgery.plan import Plan
 
 
@@ -119,7 +119,7 @@ def _taken(array: Any, kept: Sequence[np.ndarray | None], room: _Room) -> Any:
         return array
     if isinstance(array, jax.ShapeDtypeStruct):
         shape = [size if index is None else len(index) for size, index in zip(array.shape, kept, strict=True)]
-        return jax.ShapeDtypeStruct(shape, array.dtype, sharding=place_of(array, shape))
+        return _abstract(array, shape)
     small = _here(array)
     along = [(axis, index) for axis, index in enumerate(kept) if index is not None]
     for number, (axis, index) in enumerate(along):
@@ -134,10 +134,15 @@ def _taken(array: Any, kept: Sequence[np.ndarray | None], room: _Room) -> Any:
     return small
 
 
+def _abstract(array: jax.ShapeDtypeStruct, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
+    place = place_of(array, shape)
+    return jax.ShapeDtypeStruct(shape, array.dtype, sharding=place, weak_type=is_weak(array))
+
+
 def _here(array: Any) -> Any:
-    # On the host, numpy spares a compilation per shape. Parts of a sharded array are cut by what they are
-    # parts of, so they come together there as well.
-    return np.asarray(array) if on_host(array) or is_spread(array) else array
+    # On the host, numpy spares a compilation per shape; it knows no weak types. Parts of a sharded array are
+    # cut by what they are parts of, so they come together there as well.
+    return np.asarray(array) if (on_host(array) or is_spread(array)) and not is_weak(array) else array
 
 
 def _sent_back(small: list[Any], arrays: Sequence[Any]) -> list[Any]:
@@ -162,8 +167,7 @@ def _put_back(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> li
             full.append(array)
             continue
         if isinstance(array, jax.ShapeDtypeStruct):
-            shape = plan.leaves[leaf].shape
-            full.append(jax.ShapeDtypeStruct(shape, array.dtype, sharding=place_of(array, shape)))
+            full.append(_abstract(array, plan.leaves[leaf].shape))
             continue
         full.append(scatter(_here(array), indices, plan.leaves[leaf].shape))
     return _sent_back(full, arrays)

@@ -45,7 +45,7 @@ def scatter(array: Any, kept: Sequence[np.ndarray | None], shape: tuple[int, ...
                 array = full
             else:
                 sharding = dividing(sharding_in_type(array), size)
-                zeros = jnp.zeros(size, array.dtype, device=sharding)
+                zeros = jnp.zeros_like(array, shape=size, device=sharding)
                 array = zeros.at[places].set(array, out_sharding=sharding)
     return array
 

@@ -69,7 +69,9 @@ def elementwise(
                 numbers = [_numbers(u, d) for u, d in zip(uniform, dead, strict=True)]
                 if crosses:
                     numbers = [n or _elsewhere(ledger, x, axes) for n, x in zip(numbers, inputs, strict=True)]
-                result = Dead(False, few(becomes(eqn, numbers, by_what_left)))
+                result = Dead(False, few(made := set(becomes(eqn, numbers, by_what_left))))
+                if not all(map(math.isfinite, made)):
+                    ledger.mark_inexact(ids, f"{eqn.where} makes infinity of it, or no number")
             factors.append(Factor(axes, ids, result))
             if infinite and (place := _tells_apart(infinite, at, dead, uniform)) is not None:
                 ledger.mark_inexact(ids, f"{eqn.where} is singular at {f'{place:g}' if place else 'zero'}")
@@ -89,7 +91,7 @@ def on_numbers(function: Callable[..., Any]) -> Becomes:
     def results(numbers: tuple[Numbers, ...]) -> Numbers:
         with np.errstate(all="ignore"):
             every = [function(*map(np.float64, each)) for each in itertools.product(*numbers)]
-        return frozenset(float(y) for y in every if np.isfinite(y))
+        return frozenset(map(float, every))
 
     return lambda eqn, numbers, by_what_left: results(tuple(numbers))
 
@@ -106,7 +108,7 @@ def cases(eqn: Equation, numbers: Sequence[Numbers], by_what_left: Sequence[bool
 
 def _numbers(uniform: float | None, dead: Dead | None) -> Numbers:
     if dead is None:
-        return frozenset() if uniform is None or not np.isfinite(uniform) else frozenset({uniform})
+        return frozenset() if uniform is None else frozenset({uniform})
     return dead.values or (ZERO.values if dead.zero else frozenset())
 
 
