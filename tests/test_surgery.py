@@ -76,6 +76,68 @@ def test_optimizer_state_shrinks_along(cut):
     update(jax.tree.map(jnp.ones_like, expected), small_state, expected)
 
 
+@pytest.mark.parametrize("left_out", [optax.MaskedNode(), None])
+def test_whole_layers_may_be_left_out(cut, left_out):
+    _, variables, _, _, _, plan = cut
+    first, *_ = variables
+    small = ca.shrink(variables, plan)
+    for tree in (
+        variables | {first: left_out},
+        dict.fromkeys(variables, left_out) | {first: variables[first]},
+    ):
+        part = ca.shrink({"mu": tree, "count": jnp.array(3)}, plan)
+        chex.assert_trees_all_equal(
+            part["mu"], {n: x if x is left_out else small[n] for n, x in tree.items()}
+        )
+        chex.assert_trees_all_equal_shapes(ca.expand(part, plan)["mu"], tree)
+
+
+def test_optimizers_by_layer(cut):
+    """`optax.multi_transform` leaves out whole layers, not their leaves one by one."""
+    _, variables, _, _, _, plan = cut
+    labels = dict.fromkeys(variables, "slow") | {"in": "fast"}
+    optimizer = optax.multi_transform({"slow": optax.adam(1e-3), "fast": optax.adam(1e-2)}, labels)
+    small = ca.shrink(variables, plan)
+    state = ca.shrink(jax.jit(optimizer.init)(variables), plan)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.jit(optimizer.init)(small))
+    jax.jit(optimizer.update)(small, state, small)
+
+
+def test_trees_that_hold_more_are_refused(cut):
+    """They would come out half cut."""
+    *_, plan = cut
+    variables = cut[1]
+    more = variables | {"head": jnp.ones(3)}
+    with pytest.raises(PlanError, match=r"beside the leaves of the plan.*'head'.*does not know"):
+        ca.shrink({"weights": more, "average": variables}, plan)
+    with pytest.raises(PlanError, match=r"beside the leaves of the plan.*'head'.*does not know"):
+        ca.shrink(more, plan)
+
+
+def test_collections_that_hold_more_are_refused():
+    def apply(v, x):
+        return jnp.tanh(x @ v["params"]["a"] + v["state"]["mean"]) @ v["params"]["b"]
+
+    variables = {"params": {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, "state": {"mean": jnp.ones(4)}}
+    plan = ca.plan_units(ca.find_groups(apply, variables, jnp.ones((1, 3))), np.arange(4) < 3)
+    assert ca.shrink({**variables, "step": jnp.array(0)}, plan)["state"]["mean"].shape == (3,)
+    variables["params"]["c"] = jnp.ones(2)
+    with pytest.raises(PlanError, match=r"beside the leaves of the plan.*'c'.*does not know"):
+        ca.shrink(variables, plan)
+
+
+def test_gradients_of_integers_shrink():
+    def apply(v, x):
+        return x @ v["w"] * v["codes"] @ v["w"].T
+
+    variables = {"w": jnp.ones((3, 4)), "codes": jnp.arange(4)}
+    plan = ca.plan_units(ca.find_groups(apply, variables, jnp.ones((1, 3))), np.arange(4) < 3)
+    gradients = jax.grad(lambda v: apply(v, jnp.ones((1, 3))).sum(), allow_int=True)(variables)
+    small = ca.shrink(gradients, plan)
+    assert (small["codes"].shape, small["codes"].dtype) == ((3,), jax.dtypes.float0)
+    assert ca.expand(small, plan)["codes"].shape == (4,)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere it has to be copied")
 def test_what_is_cut_on_the_host_is_handed_over_uncopied():
     for shape in ((3, 5), (7,), (2, 3, 11)):

@@ -121,7 +121,7 @@ class Ledger:
         return bool((self._flags[ids] | self._doubted[ids]).all())
 
     def mark_inexact(self, ids: np.ndarray, reason: str) -> None:
-        """Say that removing these atoms is not what masking them does (0/0, 1/0, a mask of its own), and why."""
+        """Say that removing these atoms is not what masking them does (0/0, 1/0), and why."""
         self._doubted[ids] = True
         self._inexact.append((ids, reason))
 

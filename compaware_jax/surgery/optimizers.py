@@ -18,8 +18,9 @@ from compaware_jax.coupling.propagate import analyse
 from compaware_jax.coupling.trace import trace
 from compaware_jax.errors import PlanError, TraceError, gist
 from compaware_jax.paths import named_leaves
+from compaware_jax.surgery.matching import positions_in
 from compaware_jax.surgery.plan import Plan
-from compaware_jax.surgery.trees import cut_axes, positions_in, shrink
+from compaware_jax.surgery.trees import cut_axes, shrink
 
 _Ties = tuple[frozenset[tuple[int, int]], ...]
 """Per axis of a state's leaf the (leaf, axis) pairs of the parameters that it runs along."""

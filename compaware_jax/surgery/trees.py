@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
-from compaware_jax.coupling.groups import COLLECTIONS
 from compaware_jax.coupling.rules.arrays import scatter
-from compaware_jax.errors import PlanError
-from compaware_jax.paths import named_leaves, path_name
 from compaware_jax.placement import is_spread, is_weak, on_host, place_of
+from compaware_jax.surgery.matching import change_matching
 from compaware_jax.surgery.plan import Plan
 
 
@@ -24,9 +21,9 @@ def shrink(tree: Any, plan: Plan) -> Any:
     Args:
       tree: the variables, or any pytree that holds trees like them (an optimizer state with its moments,
         EMA copies, a checkpoint of all of these) or like one of their Flax collections (moments
-        over ``variables["params"]``), also with parts left out by `optax.masked`; other leaves are passed
-        through. Its arrays may be abstract (`jax.ShapeDtypeStruct`), e.g. to restore a checkpoint of the
-        small model.
+        over ``variables["params"]``), also with leaves or sub-trees left out, by `optax.masked` or by
+        None in their place; other leaves are passed through. Its arrays may be abstract
+        (`jax.ShapeDtypeStruct`), e.g. to restore a checkpoint of the small model.
       plan: what is kept.
 
     Returns:
@@ -36,7 +33,7 @@ def shrink(tree: Any, plan: Plan) -> Any:
 
     Raises:
       PlanError: nothing in the tree fits the plan, or a sub-tree fits it in two ways that differ, or has
-        its names but other shapes.
+        its names but other shapes, or leaves among them that the plan does not know.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -51,7 +48,7 @@ def shrink(tree: Any, plan: Plan) -> Any:
       >>> ca.shrink(optax.adam(1e-3).init(v), plan)[0].mu["w1"].shape
       (3, 5)
     """
-    return _map_plan(tree, plan, _cut, full=True, caller="shrink")
+    return change_matching(tree, plan, _cut, full=True, caller="shrink")
 
 
 def expand(tree: Any, plan: Plan) -> Any:
@@ -67,7 +64,7 @@ def expand(tree: Any, plan: Plan) -> Any:
     Raises:
       PlanError: nothing in the tree fits the plan.
     """
-    return _map_plan(tree, plan, _put_back, full=False, caller="expand")
+    return change_matching(tree, plan, _put_back, full=False, caller="expand")
 
 
 def _cut(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> list[Any]:
@@ -118,8 +115,9 @@ def _taken(array: Any, kept: Sequence[np.ndarray | None], room: _Room) -> Any:
     if all(index is None for index in kept):
         return array
     if isinstance(array, jax.ShapeDtypeStruct):
-        shape = [size if index is None else len(index) for size, index in zip(array.shape, kept, strict=True)]
-        return _abstract(array, shape)
+        return _abstract(array, _cut_shape(array, kept))
+    if array.dtype == jax.dtypes.float0:  # The gradient of an integer has no memory to cut.
+        return np.zeros(_cut_shape(array, kept), array.dtype)
     small = _here(array)
     along = [(axis, index) for axis, index in enumerate(kept) if index is not None]
     for number, (axis, index) in enumerate(along):
@@ -132,6 +130,10 @@ def _taken(array: Any, kept: Sequence[np.ndarray | None], room: _Room) -> Any:
         else:
             small = small.take(index, axis=axis)
     return small
+
+
+def _cut_shape(array: Any, kept: Sequence[np.ndarray | None]) -> list[int]:
+    return [size if index is None else len(index) for size, index in zip(array.shape, kept, strict=True)]
 
 
 def _abstract(array: jax.ShapeDtypeStruct, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
@@ -171,118 +173,3 @@ def _put_back(arrays: Sequence[Any], plan: Plan, positions: Sequence[int]) -> li
             continue
         full.append(scatter(_here(array), indices, plan.leaves[leaf].shape))
     return _sent_back(full, arrays)
-
-
-def _map_plan(tree: Any, plan: Any, change: Callable, *, full: bool, caller: str) -> Any:
-    if not isinstance(plan, Plan):
-        raise PlanError(
-            f"{caller}: the plan is {type(plan).__name__}, expected a Plan: {caller}(tree, plan), such as "
-            "that of plan_units or result.plan."
-        )
-    templates = _templates(plan, full)
-    found: dict[int, list[int]] = {}
-
-    def fits(node: Any) -> bool:
-        positions = _match(node, plan, templates, caller)
-        if positions is not None:
-            found[id(node)] = positions
-        return positions is not None
-
-    def visit(node: Any) -> Any:
-        if id(node) not in found:
-            return node
-        leaves, structure = jax.tree.flatten(node)
-        return jax.tree.unflatten(structure, change(leaves, plan, found[id(node)]))
-
-    result = jax.tree.map(visit, tree, is_leaf=fits)
-    if not found:
-        raise PlanError(
-            f"{caller}: no sub-tree has the leaves of the plan (fingerprint {plan.fingerprint}, "
-            f"{len(plan.leaves)} leaves, first `{plan.leaves[0].path}` "
-            f"{plan.leaves[0].shape if full else plan.small_shape(0)}); the tree has "
-            f"{[(path, np.shape(leaf)) for path, leaf in named_leaves(tree)][:3]} … "
-            "Pass variables of the model that the plan was made for."
-        )
-    return result
-
-
-_Shape = tuple[int, ...]
-_Templates = dict[tuple[str, ...], list[tuple[list[int], list[_Shape]]]]
-"""Paths of the leaves of a sub-tree, to the positions in the plan and the shapes that they may have."""
-
-
-def _templates(plan: Plan, full: bool) -> _Templates:
-    """The variables and their Flax collections."""
-    # Deeper sub-trees are not offered: a layer of another model may look the same by chance.
-    first_keys = {leaf.path.split("/")[0] for leaf in plan.leaves}
-    prefixes = ["", *(f"{key}/" for key in sorted(first_keys & COLLECTIONS))]
-    result: _Templates = {}
-    for prefix in prefixes:
-        inside = [i for i, leaf in enumerate(plan.leaves) if leaf.path.startswith(prefix)]
-        if not inside:
-            continue  # A leaf with the name of a collection, not a collection.
-        paths = tuple(plan.leaves[i].path[len(prefix) :] for i in inside)
-        shapes = [plan.leaves[i].shape if full else plan.small_shape(i) for i in inside]
-        result.setdefault(paths, []).append((inside, shapes))
-    return result
-
-
-def _is_hole(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
-def _match(node: Any, plan: Plan, templates: _Templates, caller: str) -> list[int] | None:
-    """Positions in the plan of the leaves of a sub-tree that fits it; None for any other.
-
-    Leaves that `optax.masked` leaves out are passed over.
-    """
-    named = [(path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(node, is_leaf=_is_hole)]
-    paths = tuple(path for path, _ in named)
-    if paths not in templates:
-        return None
-    present = [number for number, (_, x) in enumerate(named) if not _is_hole(x)]
-    fits, others = [], []
-    for positions, shapes in templates[paths]:
-        wrong = [n for n in present if np.shape(named[n][1]) != shapes[n]]
-        if wrong:
-            others += [(n, positions[n], shapes[n]) for n in wrong]
-        else:
-            fits.append([positions[n] for n in present])
-    if not fits:
-        for number, position, shape in others:
-            got = np.shape(named[number][1])
-            if paths != ("",) and np.prod(got) > 1 and any(index for index in plan.kept[position]):
-                raise PlanError(
-                    f"{caller}: `{paths[number]}` has shape {got} under the names of the plan (fingerprint "
-                    f"{plan.fingerprint}), expected {shape}. Pass variables of the model that the plan was "
-                    "made for; the state of an optimizer that does not mirror them goes through "
-                    "shrink_optimizer."
-                )
-        return None
-    if any(plan.kept[i] != plan.kept[j] for other in fits[1:] for i, j in zip(fits[0], other, strict=True)):
-        raise PlanError(
-            f"{caller}: the sub-tree with leaves {list(paths[:4])} fits {len(fits)} sub-trees of the plan, "
-            "which keep different indices. Pass the tree around it instead, so that its place is known."
-        )
-    return fits[0]
-
-
-def positions_in(tree: Any, plan: Plan, caller: str) -> list[int]:
-    """Positions in the plan of the leaves of full variables, or of one of their Flax collections.
-
-    Args:
-      tree: the variables or the collection.
-      plan: what is kept.
-      caller: the function that asks, for messages.
-
-    Raises:
-      PlanError: the tree is not one of these.
-    """
-    positions = _match(tree, plan, _templates(plan, full=True), caller)
-    if positions is None:
-        raise PlanError(
-            f"{caller}: the tree with leaves {[path for path, _ in named_leaves(tree)][:4]} is not "
-            f"the variables of the plan (fingerprint {plan.fingerprint}) nor a collection of them. Pass "
-            "the full variables."
-        )
-    return positions
