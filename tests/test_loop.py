@@ -1,11 +1,14 @@
 """The training loop: chunks, history, hooks, interruption."""
 
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from compaware_jax.errors import CheckpointError, RequestError
+from compaware_jax.training import loop
 from compaware_jax.training.loop import run_once, run_steps
 
 
@@ -97,6 +100,61 @@ def test_interrupted_while_a_chunk_runs(tmp_path, monkeypatch, between):
         run(40, chunk=5, directory=tmp_path, between=between)
     state, _ = run(40, chunk=5, directory=tmp_path, between=between)
     assert state["x"] == run(40, chunk=5, between=between)[0]["x"]
+
+
+@pytest.fixture
+def ctrl_c():
+    """Interrupts this process, whose handler is Python's own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_inside_a_callback(tmp_path, ctrl_c):
+    """A callback that raises is a program that fails, with the state that it took."""
+
+    def row(index):
+        if index == 13 and not list(tmp_path.iterdir()):
+            ctrl_c()
+        return np.float32(index)
+
+    def read(state, index):
+        new = {"x": state["x"] + jax.pure_callback(row, jax.ShapeDtypeStruct((), "float32"), index)}
+        return new, {"x": new["x"]}
+
+    def run(**options):
+        return run_steps(read, {"x": jnp.float32(0)}, 40, label="test", chunk=5, progress=False, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(directory=tmp_path, every=100)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [p.name for p in tmp_path.iterdir()] == ["3"]
+    assert run(directory=tmp_path)[0]["x"] == sum(range(40))
+
+
+def test_ctrl_c_during_a_save(tmp_path, ctrl_c, monkeypatch):
+    save = loop._Store.save
+
+    def interrupted(*args):
+        ctrl_c()
+        save(*args)
+
+    monkeypatch.setattr(loop._Store, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(40, chunk=5, directory=tmp_path, every=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["2"]
+
+
+def test_a_second_ctrl_c_is_not_held_back(tmp_path, ctrl_c):
+    def twice(state):
+        ctrl_c()
+        with pytest.raises(KeyboardInterrupt):
+            ctrl_c()
+        return state
+
+    with pytest.raises(KeyboardInterrupt):
+        run(40, chunk=5, directory=tmp_path, between={25: twice})
+    assert [p.name for p in tmp_path.iterdir()] == ["5", "6"]
 
 
 def test_interrupted_after_a_chunk_took_the_state(tmp_path):

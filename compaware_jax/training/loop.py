@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from compaware_jax.errors import CheckpointError, RequestError, gist
+from compaware_jax.training.interruption import Interruption
 
 Step = Callable[[Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
 """``(state, index) -> (state, info)``, pure; the index is the only data position."""
@@ -40,8 +41,9 @@ def run_steps(
 ) -> tuple[Any, dict[str, np.ndarray]]:
     """Run a pure step function for a number of steps, in compiled chunks.
 
-    Interrupted by Ctrl-C, it ends and saves the chunk that runs. Killed at any moment and started again
-    with the same arguments, it ends in the same state, bit for bit, as an undisturbed run.
+    Interrupted by Ctrl-C, it ends and saves the chunk that runs; by another one, it ends at once. Killed at
+    any moment and started again with the same arguments, it ends in the same state, bit for bit, as an
+    undisturbed run.
 
     Args:
       step: ``(state, index) -> (state, info)``; info is a dict of arrays.
@@ -88,7 +90,8 @@ def run_steps(
     try:
         if store is not None:
             done, state, history = store.restore(state, history)
-        with tqdm(total=steps, initial=edges[done], desc=label, disable=not progress) as bar:
+        bar = tqdm(total=steps, initial=edges[done], desc=label, disable=not progress)
+        with bar, Interruption() as interruption:
             try:
                 bar.set_postfix_str("compiling" if done < chunks else "")
                 while done < chunks:
@@ -99,10 +102,15 @@ def run_steps(
                     means = _noted(history, done, running)
                     done, running = done + 1, None
                     check(state, means)
+                    if store is not None:
+                        # Not before the first chunk, which takes long to compile: nothing is lost there.
+                        interruption.hold()
                     bar.update(length)
                     bar.set_postfix({n: f"{h[done - 1]:.4g}" for n, h in history.items() if h.ndim == 1})
                     if store is not None and (done % every == 0 or done == chunks):
                         store.save(done, state, history)
+                    if interruption.came:
+                        raise KeyboardInterrupt
             except KeyboardInterrupt:
                 if store is not None and running is not None:
                     # What was before this chunk is gone, so it is waited for.
