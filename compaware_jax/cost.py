@@ -111,7 +111,8 @@ def _leaf_cost(name: str, groups: Groups, weight: Callable[[int], int]) -> Cost:
 
 
 def _itemsize(dtype: str) -> int:
-    return _key_bytes()[dtype] if dtype in _key_bytes() else jnp.dtype(dtype).itemsize
+    # What JAX computes with: without x64, numpy's float64 are float32.
+    return _key_bytes()[dtype] if dtype in _key_bytes() else jax.dtypes.canonicalize_dtype(dtype).itemsize
 
 
 @cache
@@ -195,9 +196,9 @@ class Budget:
         """The largest cost that the budget allows.
 
         Raises:
-          BudgetError: even the fewest units that may stay cost more.
+          BudgetError: even the fewest units that may stay cost more, or the dense model costs nothing.
         """
-        cost = COSTS[self.cost](groups)
+        cost = cost_of(groups, self.cost)
         limit = int(np.floor(self.fraction * cost.total + 1e-9))
         if cost.floor > limit:
             raise BudgetError(
@@ -206,6 +207,20 @@ class Budget:
                 "each group, beside the axes that stay whole). Ask for at least that, or demand less."
             )
         return limit
+
+
+def cost_of(groups: Groups, name: str) -> Cost:
+    """The cost of that name in `COSTS`, of a model that has any.
+
+    Raises:
+      BudgetError: the dense model costs nothing.
+    """
+    cost = COSTS[name](groups)
+    if not cost.total:
+        raise BudgetError(
+            f"Budget: the model has no {cost.name}, expected a cost that pruning lowers, such as params(0.5)."
+        )
+    return cost
 
 
 def check_budget(budget: Any) -> None:

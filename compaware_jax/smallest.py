@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compaware_jax.compress import Result, compress
-from compaware_jax.cost import COSTS, Budget
+from compaware_jax.cost import COSTS, Budget, cost_of
 from compaware_jax.coupling.groups import Groups, check_groups
 from compaware_jax.errors import BudgetError, CriterionError, RequestError
 from compaware_jax.tables import text_table
@@ -111,9 +111,7 @@ def smallest(
             f"{sorted(COSTS)}, and two numbers in (0, 1)."
         )
     check_groups(groups)
-    whole = COSTS[cost](groups)
-    if not whole.total:
-        raise BudgetError(f"smallest: the model has no {whole.name}, expected a cost that pruning lowers.")
+    whole = cost_of(groups, cost)
     # Where everything may be emptied, even nothing is within reach.
     floor = max(whole.floor, 1) / whole.total
     found: dict[float, Result] = {}

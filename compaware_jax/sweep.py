@@ -298,7 +298,7 @@ def _points(
     apply, criteria = lanes.problem.apply, lanes.problem.criteria
     masked = jax.vmap(lambda g, v: apply_mask(groups, g, v))(state.gates, state.tune.variables)
     # One lane at a time: a held-out set is much larger than a batch.
-    values = jax.lax.map(lambda v: jnp.array([c.metric(apply, v, held_out) for c in criteria]), masked)
+    values = jax.device_get(jax.lax.map(lambda v: [c.metric(apply, v, held_out) for c in criteria], masked))
     shares = lanes.coefficients(state)
     for i, (budget, seed) in enumerate(asked):
         plan = plan_units(groups, np.asarray(state.gates[i]) > 0.5)
@@ -316,8 +316,8 @@ def _points(
             plan=plan,
             variables=small,
             verdicts=tuple(
-                Verdict(str(c), before[c.name], value, c.keeps(value) and not diverged)
-                for c, value in zip(criteria, values[i].tolist(), strict=True)
+                Verdict(str(c), before[c.name], after, c.keeps(after) and not diverged)
+                for c, after in ((c, c.reading(value[i])) for c, value in zip(criteria, values, strict=True))
             ),
             costs=costs_left(groups, plan, checked_work(groups, plan, budget)[1]),
             coefficients=shares[i],

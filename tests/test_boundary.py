@@ -108,6 +108,43 @@ def test_complex_leaves_take_over_too(problem):
     np.testing.assert_allclose(got, moved, atol=1e-4)
 
 
+def test_what_the_loss_renews_is_not_trained(problem):
+    """A running average beside the bias would take over what the columns gave, had it a gradient."""
+    problem, variables = problem
+    variables = {**variables, "average": jnp.zeros(LIVE + DEAD)}
+
+    def apply(variables, x):
+        layers = {name: layer for name, layer in variables.items() if name != "average"}
+        return problem.apply(layers, x) + variables["average"]
+
+    def loss(apply, variables, batch):
+        return tasks.loss(apply, variables, batch), {"average": variables["average"]}
+
+    groups = ca.find_groups(apply, variables, batches(0), boundary=True)
+    asked = Problem(apply, loss, batches, groups, parameter_cost(groups))
+    _, start = trim(asked, variables, [asked.cost.total], share=0.002)
+    np.testing.assert_array_equal(start["average"], variables["average"])
+    assert np.abs(start["layer4"]["b"] - variables["layer4"]["b"]).max() > 0.05
+
+
+def test_a_limit_of_nothing(one_layer):
+    """Where everything may be emptied, nothing at all may be asked for."""
+    problem, variables = one_layer
+    assert problem.cost.floor == 0
+    trimmed, _ = trim(problem, variables, [0], steps=2, calibration=1)
+    assert trimmed is problem
+
+
+@pytest.fixture
+def one_layer():
+    def apply(v, x):
+        return x @ v["w"]
+
+    variables = {"w": jnp.ones((8, 8)) / 8}
+    groups = ca.constrain(ca.find_groups(apply, variables, batches(0)[:, :8], boundary=True), may_empty="*")
+    return Problem(apply, tasks.loss, tasks.batches, groups, parameter_cost(groups)), variables
+
+
 def information(problem, variables, steps):
     """Per row of the first kernel and column of the last half the mean square of its gate's slope."""
 

@@ -215,12 +215,29 @@ def test_a_threshold_is_as_exact_as_its_metric():
         return (jnp.arange(10) == 9).mean()
 
     at_most, at_least = (make("misses", misses, 0.1) for make in (ca.at_most, ca.at_least))
-    measured = measure([at_most], tasks.apply, None, None)["misses"]
+    measured = float(misses(None, None, None))
     assert measured > 0.1
     assert at_most.keeps(measured)
+    assert measure([at_most], tasks.apply, None, None)["misses"] == 0.1
     assert at_least.keeps(measured)
     assert not at_most.keeps(float("nan"))
     assert not at_most.keeps(0.100001)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_metric_of_less_than_the_default_precision(dtype, x64):
+    def share(apply, variables, batch):
+        return (jnp.arange(10) == 9).mean(dtype=dtype)
+
+    for make in (ca.at_most, ca.at_least):
+        criterion = make("share", share, 0.1)
+        read = measure([criterion], tasks.apply, None, None)["share"]
+        assert read == 0.1
+        assert criterion.keeps(read)
+    above = ca.at_most("share", share, 0.099)
+    assert not above.keeps(measure([above], tasks.apply, None, None)["share"])
+    whole = ca.at_least("count", lambda *_: jnp.int32(0), 0.5)
+    assert not whole.keeps(measure([whole], tasks.apply, None, None)["count"])
 
 
 def test_threshold_that_was_measured(trained):

@@ -38,7 +38,7 @@ def test_costs_are_exact(name, boundary):
         counts = np.array([kept for _, kept, _ in plan.counts])
         leaves = jax.tree.leaves(small)
         assert COSTS["parameters"](groups).exact(counts) == sum(x.size for x in leaves)
-        assert COSTS["bytes"](groups).exact(counts) == sum(x.nbytes for x in leaves)
+        assert COSTS["bytes"](groups).exact(counts) == sum(jnp.asarray(x).nbytes for x in leaves)
         expected = counted_flops(ca.slim(apply, plan), small, args)
         assert COSTS["flops"](groups).exact(counts) == expected
 
@@ -55,6 +55,21 @@ def test_dense_preset():
     assert cost.total == 1_083_696
     assert COSTS["bytes"](groups).total == 4 * 1_083_696
     assert COSTS["flops"](groups).total == 2 * (784 * 512 + 512 * 256 + 256 * 32) * 2
+
+
+def test_bytes_are_those_that_jax_computes_with():
+    """Without x64, it makes float32 of numpy's float64."""
+    variables = {"a": np.ones((3, 6)), "b": np.ones((6, 2))}
+    groups = ca.find_groups(lambda v, x: jnp.tanh(x @ v["a"]) @ v["b"], variables, np.ones((1, 3)))
+    assert COSTS["bytes"](groups).total == sum(jnp.asarray(x).nbytes for x in variables.values())
+
+
+def test_a_model_without_the_cost():
+    variables = {"a": jnp.ones(6), "b": jnp.ones(6)}
+    groups = ca.find_groups(lambda v, x: (x * v["a"] + v["b"]).sum(1), variables, jnp.ones((2, 1)))
+    assert ca.params(0.5).limit(groups) == 6
+    with pytest.raises(BudgetError, match=r"the model has no FLOPs, expected a cost that pruning lowers"):
+        ca.flops(0.5).limit(groups)
 
 
 @pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])

@@ -26,6 +26,7 @@ from compaware_jax.masks import apply_mask
 from compaware_jax.search.coefficients import Problem
 from compaware_jax.training.fit import adam_cosine
 from compaware_jax.training.loop import run_once
+from compaware_jax.training.objective import updated_paths
 from compaware_jax.training.trained import descended, value_and_gradients
 
 EVIDENCE_STEPS = 100
@@ -69,7 +70,7 @@ def trim(
     if not at_boundary.any():
         return problem, variables
     information = _information(problem, variables, steps)
-    share = min(share * problem.cost.total / max(limits), 0.5)
+    share = min(share * problem.cost.total / max(*limits, 1), 0.5)
     counts = np.clip(_needed(groups, np.asarray(information), share), groups.floors, groups.ceilings)
     demands = Limits(
         least=np.where(at_boundary, counts, groups.floors),
@@ -118,17 +119,23 @@ def _needed(groups: Groups, information: np.ndarray, share: float) -> np.ndarray
 
 
 def _calibrated(problem: Problem, gates: jax.Array, variables: Any, steps: int, learning_rate: float) -> Any:
-    """The variables, their leaves without units trained under the gates, if that lowers the loss."""
+    """The variables, their leaves without units trained under the gates, if that lowers the loss.
+
+    What the loss gives new values, such as running averages, is no matter of training.
+    """
     leaves, structure = jax.tree.flatten(variables)
 
     def put(trained: list[jax.Array]) -> Any:
         placed = dict(zip(alone, trained, strict=True))
         return jax.tree.unflatten(structure, [placed.get(i, leaf) for i, leaf in enumerate(leaves)])
 
+    renewed = updated_paths(problem.loss, problem.apply, variables, problem.batches)
     alone = [
         i
         for i, (leaf, axes) in enumerate(zip(leaves, problem.groups.units_of, strict=True))
-        if is_smooth(leaf) and not any((units >= 0).any() for units in axes)
+        if is_smooth(leaf)
+        and problem.groups.leaves[i].path not in renewed
+        and not any((units >= 0).any() for units in axes)
     ]
     rule = adam_cosine(learning_rate, steps)
 

@@ -45,10 +45,19 @@ class Criterion:
                 f"Criterion `{self.name}`: the threshold is {self.threshold}, expected a finite number."
             )
 
-    def keeps(self, value: float) -> bool:
-        """Whether a measured value keeps the criterion; one that is not a number does not.
+    def reading(self, value: ArrayLike) -> float:
+        """A value of the metric as a float: the threshold, where that is the same in the metric's precision.
 
-        The threshold is taken in the precision of the metric: 0.1 is not above 0.1.
+        In float32, a tenth is more than 0.1.
+        """
+        value = np.asarray(value)
+        close = jnp.issubdtype(value.dtype, jnp.floating) and value == value.dtype.type(self.threshold)
+        return self.threshold if close else float(value)
+
+    def keeps(self, value: float) -> bool:
+        """Whether a value keeps the criterion; one that is not a number does not.
+
+        Both are taken in JAX's default precision; `reading` is of the metric's.
         """
         measured, threshold = np.asarray([value, self.threshold], jnp.result_type(float))
         return bool(measured >= threshold if self.above else measured <= threshold)
@@ -109,7 +118,7 @@ def measure(criteria: Sequence[Criterion], apply: Apply, variables: Any, batch: 
       batch: the batch to measure on, passed on to the metrics.
 
     Returns:
-      Value per criterion's name.
+      Value per criterion's name, see `Criterion.reading`.
 
     Raises:
       CriterionError: two criteria have the same name, or a metric is no scalar.
@@ -127,7 +136,7 @@ def measure(criteria: Sequence[Criterion], apply: Apply, variables: Any, batch: 
                 f"measure: the metric of `{c.name}` has shape {jnp.shape(value)}, expected a scalar, such as "
                 "a mean over the batch."
             )
-    return {c.name: float(value) for c, value in zip(criteria, values, strict=True)}
+    return {c.name: c.reading(value) for c, value in zip(criteria, values, strict=True)}
 
 
 def check_dense(criteria: Sequence[Criterion], before: dict[str, float], caller: str) -> None:

@@ -137,6 +137,15 @@ def value_and_updates(loss: Loss, apply: Apply, variables: Any, batch: Any) -> t
     return found
 
 
+def updated_paths(loss: Loss, apply: Apply, variables: Any, batches: Batches) -> set[str]:
+    """The leaves that a loss gives new values, by their paths; nothing is computed."""
+
+    def first(variables: Any) -> Any:
+        return value_and_updates(loss, apply, variables, batches(jnp.int32(0)))[1]
+
+    return {path for path, _ in named_leaves(jax.eval_shape(first, variables))}
+
+
 def updated(variables: Any, updates: Any, seen: Any = None) -> Any:
     """The variables with the updates that a loss returned.
 

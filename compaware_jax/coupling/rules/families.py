@@ -60,7 +60,7 @@ def elementwise(
             infinite = []
         factors = []
         for axes, ids, dead in combine(ledger, [x.factors for x in inputs]):
-            by_what_left = [d is not None and bool(d.values) for d in dead]
+            by_what_left, made = [d is not None and bool(d.values) for d in dead], []
             if zero(eqn, [d is not None and d.zero for d in dead], uniform):
                 result = ZERO if any(by_what_left) else BLANK
             elif becomes is None or not any(by_what_left):
@@ -69,12 +69,13 @@ def elementwise(
                 numbers = [_numbers(u, d) for u, d in zip(uniform, dead, strict=True)]
                 if crosses:
                     numbers = [n or _elsewhere(ledger, x, axes) for n, x in zip(numbers, inputs, strict=True)]
-                result = Dead(False, few(made := set(becomes(eqn, numbers, by_what_left))))
-                if not all(map(math.isfinite, made)):
-                    ledger.mark_inexact(ids, f"{eqn.where} makes infinity of it, or no number")
+                made = list(becomes(eqn, numbers, by_what_left))
+                result = Dead(False, few(made))
             factors.append(Factor(axes, ids, result))
             if infinite and (place := _tells_apart(infinite, at, dead, uniform)) is not None:
                 ledger.mark_inexact(ids, f"{eqn.where} is singular at {f'{place:g}' if place else 'zero'}")
+            elif not all(map(math.isfinite, made)):
+                ledger.mark_inexact(ids, f"{eqn.where} makes infinity of it, or no number")
         is_null = zero(eqn, [u == 0 for u in uniform], uniform)
         return [Tracked(eqn.out_shapes[0], tuple(factors), 0.0 if is_null else None)]
 
