@@ -184,8 +184,9 @@ class Budget:
     fraction: float
 
     def __post_init__(self) -> None:
-        if self.cost not in COSTS:
+        if not isinstance(self.cost, str) or self.cost not in COSTS:
             raise BudgetError(f"Budget: cost is {self.cost!r}, expected one of {sorted(COSTS)}.")
+        object.__setattr__(self, "fraction", _number(self.cost, self.fraction))
         if not 0 < self.fraction <= 1:
             raise BudgetError(
                 f"Budget: the fraction of {self.cost} is {self.fraction}, expected a number in (0, 1]. "
@@ -235,21 +236,21 @@ def check_budget(budget: Any) -> None:
         )
 
 
-def _budget(cost: str, fraction: Any) -> Budget:
+def _number(cost: str, fraction: Any) -> float:
     given = np.asarray(fraction)
     if given.ndim or given.dtype.kind not in "iuf":
         raise BudgetError(f"Budget: the fraction of {cost} is {fraction!r}, expected a number in (0, 1].")
-    return Budget(cost, float(given))
+    return float(given)
 
 
 def params(fraction: Any) -> Budget:
     """At most this fraction of the dense model's parameters, in (0, 1]."""
-    return _budget("parameters", fraction)
+    return Budget("parameters", _number("parameters", fraction))
 
 
 def nbytes(fraction: Any) -> Budget:
     """At most this fraction of the dense model's bytes, in (0, 1]."""
-    return _budget("bytes", fraction)
+    return Budget("bytes", _number("bytes", fraction))
 
 
 def flops(fraction: Any) -> Budget:
@@ -257,4 +258,4 @@ def flops(fraction: Any) -> Budget:
 
     Of a function that returns more than is deployed, name what is: ``find_groups(..., deployed=...)``.
     """
-    return _budget("flops", fraction)
+    return Budget("flops", _number("flops", fraction))

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Num
 
-from compaware_jax.coupling.groups import Groups
+from compaware_jax.coupling.groups import Groups, check_groups, leaves_like
 from compaware_jax.coupling.program import is_smooth
 from compaware_jax.errors import PlanError
 from compaware_jax.placement import is_weak, on_host, place_of
@@ -30,6 +30,7 @@ def mask(groups: Groups, gates: Num[ArrayLike, " units"], variables: Any) -> Any
     Raises:
       PlanError: there is not one gate per unit.
     """
+    check_groups(groups)
     gates = _per_unit(groups, gates, jnp)
     leaves = [_outer(axes, gates, jnp) for axes in groups.units_of]
     return jax.tree.unflatten(jax.tree.structure(variables), leaves)
@@ -49,9 +50,9 @@ def apply_mask(groups: Groups, gates: Num[ArrayLike, " units"], variables: Any) 
       A pytree like `variables`, of the same shapes and dtypes.
 
     Raises:
-      PlanError: there is not one gate per unit.
+      PlanError: there is not one gate per unit, or the variables are others.
     """
-    leaves, structure = jax.tree.flatten(variables)
+    leaves, structure = leaves_like(groups, variables, "apply_mask"), jax.tree.structure(variables)
     # On the host, numpy spares a compilation per shape.
     here = all(map(on_host, [gates, *leaves]))
     xp = np if here else jnp
@@ -66,7 +67,13 @@ def apply_mask(groups: Groups, gates: Num[ArrayLike, " units"], variables: Any) 
 
 
 def _per_unit(groups: Groups, gates: Any, xp: Any) -> Any:
-    gates = xp.asarray(gates, jax.dtypes.canonicalize_dtype(float))
+    try:
+        gates = xp.asarray(gates, jax.dtypes.canonicalize_dtype(float))
+    except (TypeError, ValueError) as error:
+        raise PlanError(
+            f"mask: the gates are {type(gates).__name__}, expected numbers, one per unit: "
+            "apply_mask(groups, gates, variables)."
+        ) from error
     if gates.shape != (groups.units,):
         raise PlanError(f"mask: gates have shape {gates.shape}, expected one per unit, ({groups.units},).")
     return gates

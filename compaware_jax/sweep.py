@@ -25,7 +25,6 @@ from compaware_jax.search.job import describe_request
 from compaware_jax.search.request import (
     check_asked,
     check_request,
-    checked_criteria,
     checked_key,
     checked_search,
 )
@@ -35,7 +34,7 @@ from compaware_jax.surgery.small_function import checked_work, costs_left
 from compaware_jax.surgery.trees import shrink
 from compaware_jax.tables import text_table
 from compaware_jax.training.checks import checked_rate, not_finite, optimizer_mark
-from compaware_jax.training.criteria import Apply, Criterion, Verdict
+from compaware_jax.training.criteria import Apply, Criterion, Verdict, checked_criteria
 from compaware_jax.training.fit import FitState, adam_cosine, fit_step
 from compaware_jax.training.loop import run_steps, whole_number
 from compaware_jax.training.objective import Batches, Loss

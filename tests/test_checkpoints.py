@@ -122,6 +122,25 @@ def test_checkpoints_are_of_the_same_score(trained, tmp_path):
     tasks.compress(trained, directory=tmp_path, fine_tune=20, **scores)
 
 
+class Rated:
+    """A search of one's own that shows no settings."""
+
+    def __init__(self, rate):
+        self._rate = rate
+
+    def build(self, problem):
+        return ca.GradientSearch(steps=2, learning_rate=self._rate).build(problem)
+
+
+def test_checkpoints_are_of_the_same_search(trained, tmp_path):
+    asked = {"criteria": [], "fine_tune": 2, "directory": tmp_path}
+    first = tasks.compress(trained, search=Rated(1e-3), **asked)
+    again = tasks.compress(trained, search=Rated(1e-3), **asked)
+    assert again.plan == first.plan
+    with pytest.raises(CheckpointError, match=r"another job.*search"):
+        tasks.compress(trained, search=Rated(2e-3), **asked)
+
+
 def test_checkpoints_are_of_the_same_loss_and_data(trained, tmp_path):
     tasks.compress(trained, directory=tmp_path, fine_tune=20)
 

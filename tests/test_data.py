@@ -119,6 +119,11 @@ def test_resident_and_whole_take_any_arrays():
             data.resident(wrong, 4, jax.random.key(0))
 
 
+def test_resident_takes_a_part_of_a_data_set(embedded):
+    with pytest.raises(ValueError, match=r"got all of a data set; expected a part of it, such as `\.train`"):
+        data.resident(embedded, 8, jax.random.key(0))
+
+
 def test_resident_and_whole_refuse_no_images(embedded):
     with pytest.raises(ValueError, match="resident: got batch_size=0; expected at least 1"):
         data.resident(embedded.valid, 0, jax.random.key(0))

@@ -154,6 +154,36 @@ def test_component_names_can_be_given():
     assert not groups.groups[0].coupling
 
 
+def test_components_are_names():
+    apply, variables, args = MODELS["mlp"]()
+    with pytest.raises(RequestError, match=r"components\('.*'\) is None, expected the name of a component"):
+        inspect.unwrap(ca.find_groups)(apply, variables, *args, components=lambda path: None)
+
+
+def test_outputs_are_given_by_paths():
+    def apply(v, x):
+        hidden = jnp.tanh(x @ v["a"])
+        return {"seen": {"hidden": hidden, "twice": 2 * hidden}, "y": hidden @ v["b"]}
+
+    variables, x = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((5, 3))
+    find = inspect.unwrap(ca.find_groups)
+    assert find(apply, variables, x, released=None, deployed=None, state_outputs=None).units == 0
+    groups = find(apply, variables, x, released="seen")
+    assert groups.units == 4
+    plan = ca.plan_units(groups, np.arange(4) < 3)
+    small = ca.shrink(variables, plan)
+    assert jax.tree.map(jnp.shape, ca.slim(apply, plan)(small, x)["seen"]) == {
+        "hidden": (5, 3),
+        "twice": (5, 3),
+    }
+    with pytest.raises(RequestError, match=r"released=3, expected tree paths"):
+        find(apply, variables, x, released=3)
+    with pytest.raises(RequestError, match=r"state_outputs=\['y'\], expected a dictionary"):
+        find(apply, variables, x, state_outputs=["y"])
+    with pytest.raises(PlanError, match=r"slim: released='nothing' names no output"):
+        ca.slim(apply, plan, released=["nothing"])(small, x)
+
+
 def test_released_output_must_exist():
     apply, variables, args = MODELS["mlp"]()
     with pytest.raises(TraceError, match="released='latent' names no output"):

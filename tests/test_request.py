@@ -4,6 +4,7 @@ import inspect
 import itertools
 import logging
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from compaware_jax.errors import (
     TraceError,
 )
 from compaware_jax.importance import l2
+from compaware_jax.training.checks import checked_number
 from compaware_jax.training.objective import constrained, no_pressure
 from tests import tasks
 
@@ -32,8 +34,8 @@ def task():
     return variables, tasks.groups(variables)
 
 
-def refused(task, error, message, apply=tasks.apply, loss=tasks.loss, batches=tasks.batches, **changes):
-    variables, groups = task
+def refused(task, error, message, /, apply=tasks.apply, loss=tasks.loss, batches=tasks.batches, **changes):
+    variables, groups = changes.pop("task", task)
     settings = {"groups": groups, "budget": ca.params(0.5), "fine_tune": 1, "progress": False}
     with pytest.raises(error, match=message):
         COMPRESS(apply, variables, loss, batches, **(settings | changes))
@@ -97,6 +99,12 @@ def test_settings(task):
     for wrong in (True, "0.1", [0.1], None):
         with pytest.raises(BudgetError, match=r"expected a number in \(0, 1\]"):
             ca.params(wrong)
+    for setting, wrong in (("travel", -1.0), ("noise", -0.1), ("edge", float("inf")), ("ramp", 1.5)):
+        with pytest.raises(RequestError, match=f"GradientSearch: {setting}=.*expected a finite number"):
+            ca.GradientSearch(**{setting: wrong})
+    for wrong in ("1", None, [0.5]):
+        with pytest.raises(RequestError, match=r"share=.*expected a finite number, from 0 to 1\."):
+            checked_number(wrong, "share", most=1.0)
 
 
 def test_criteria(task):
@@ -106,6 +114,15 @@ def test_criteria(task):
     refused(
         task, CriterionError, "held_out is a function, `held_out`, expected the batch",
         criteria=[error], held_out=tasks.held_out,
+    )  # fmt: skip
+    refused(
+        task, CriterionError, r"criteria are named \['error', 'error'\], expected names of their own",
+        criteria=[error, error], held_out=tasks.held_out(),
+    )  # fmt: skip
+    turned = ca.at_most("turned", lambda f, v, b: f(v, b).sum() * 1j, 9.0, trainable=False)
+    refused(
+        task, CriterionError, "metric of `turned` is of complex64, expected a real number",
+        criteria=[turned], held_out=tasks.held_out(),
     )  # fmt: skip
 
 
@@ -265,7 +282,37 @@ def test_groups_and_plans_of_another_kind(task):
         smallest(*given, groups=groups, start="0.1", **settings)
 
 
+def test_trees_of_another_kind(task):
+    variables, groups = task
+    gates, other, plan = np.ones(groups.units), {"a": jnp.ones(3)}, ca.plan_units(groups, np.ones(36, bool))
+    apply_mask, uncut = inspect.unwrap(ca.apply_mask), inspect.unwrap(ca.uncut)
+    shrink_optimizer = inspect.unwrap(ca.shrink_optimizer)
+    groups_wanted, leaves_wanted = (
+        "expected what find_groups returns",
+        r"variables have .* expected .*Pass those",
+    )
+    for error, message, call in (
+        (RequestError, groups_wanted, lambda: inspect.unwrap(ca.mask)(gates, groups, variables)),
+        (RequestError, groups_wanted, lambda: apply_mask(variables, groups, gates)),
+        (PlanError, leaves_wanted, lambda: apply_mask(groups, variables, gates)),
+        (PlanError, leaves_wanted, lambda: apply_mask(groups, gates, other)),
+        (PlanError, "gates are str, expected numbers", lambda: apply_mask(groups, "all", variables)),
+        (PlanError, leaves_wanted, lambda: inspect.unwrap(l2)(groups, {**variables, "scale": 2.0})),
+        (RequestError, groups_wanted, lambda: uncut(plan, groups)),
+        (PlanError, "uncut: the plan is Groups", lambda: uncut(groups, groups)),
+        (
+            PlanError,
+            "shrink_optimizer: the plan is dict",
+            lambda: shrink_optimizer(None, None, plan, variables),
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
 def test_arguments_of_another_kind(task):
+    refused(task, RequestError, r"\['scale'\] are no arrays", task=({**task[0], "scale": 2.0}, task[1]))
+    refused(task, TraceError, "a model object, Dense, was given as the function", apply=nn.Dense(8))
     refused(task, RequestError, "groups is NoneType, expected what find_groups returns", groups=None)
     refused(task, RequestError, r"score='l2', expected a function", score="l2")
     for rate in (-1.0, 0.0, float("nan"), "1e-3", optax.constant_schedule(1e-3)):
@@ -282,10 +329,15 @@ def test_fit_refuses_what_compress_refuses(task):
         inspect.unwrap(ca.fit)(**(given | {"steps": 2, "progress": False} | changes))
 
     fit()
+    several = optax.MultiSteps(optax.adam(1e-3), 2)
     for kind, message, changes in (
         (RequestError, "batches is list, expected a function", {"batches": [1]}),
         (RequestError, r"fit: batches\(0\) gives another batch each time", {"batches": numbered(0)}),
         (RequestError, "fit: learning_rate=-1, expected a finite number", {"learning_rate": -1}),
+        (RequestError, "fit: job='mine', expected a dictionary", {"job": "mine"}),
+        (RequestError, r"optax\.MultiSteps has gradient_transformation\(\)", {"optimizer": several}),
+        (CriterionError, "criteria is Criterion, expected a list", {"criteria": tasks.BOUND}),
+        (CriterionError, "expected names of their own", {"criteria": [tasks.BOUND] * 2}),
         (RequestError, r"fit: \['n'\] are no arrays", {"variables": {**task[0], "n": 3}}),
         (TraceError, r"fit: the loss has shape \(64, 8\)", {"loss": lambda f, v, b: f(v, b)}),
         (TraceError, "fit: the loss is of int32", {"loss": lambda f, v, b: jnp.int32(f(v, b).sum())}),

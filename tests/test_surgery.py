@@ -191,6 +191,12 @@ def test_text_that_is_no_plan(text):
         ca.Plan.from_json(text)
 
 
+def test_a_file_that_holds_no_text(tmp_path):
+    (tmp_path / "plan").write_bytes(bytes(range(256)))
+    with pytest.raises(PlanError, match="not a plan"):
+        ca.Plan.load(tmp_path / "plan")
+
+
 def test_plan_for_another_model(cut):
     plan = cut[-1]
     _, other, args = MODELS["mlp"]()

@@ -14,6 +14,7 @@ from compaware_jax.coupling.propagate import analyse
 from compaware_jax.coupling.trace import trace
 from compaware_jax.errors import RequestError, TraceError
 from compaware_jax.garbage import uncollected
+from compaware_jax.paths import as_names
 
 
 @uncollected()
@@ -38,8 +39,8 @@ def find_groups(
       variables: pytree of arrays or `jax.ShapeDtypeStruct`.
       *args: example inputs, arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
       components: maps a leaf path such as ``params/encoder/Dense_0/kernel`` to a component's name.
-      released: tree paths of outputs whose axes may be cut, e.g. ``("latent",)``; all other outputs
-        keep their shape.
+      released: tree paths of outputs whose axes may be cut, e.g. ``("latent",)``, sub-trees standing for all
+        that is in them; all other outputs keep their shape.
       state_outputs: maps the tree paths of outputs that are the next value of leaves (running averages,
         an EMA target, a recurrent carry) to the leaves' paths, e.g. ``{"1/batch_stats": "batch_stats"}``;
         sub-trees stand for all that is in them. They come out cut as their leaves are. State that has left
@@ -71,7 +72,7 @@ def find_groups(
       TraceError: the function cannot be traced with these variables and inputs, or `released`, `deployed`
         or `state_outputs` names no output, or a state differs in shape from its leaf.
       UnknownPrimitiveError: in strict mode, at a primitive without a rule.
-      RequestError: `components` is no function.
+      RequestError: `components` is no function to names, or an option is of another kind.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -94,27 +95,36 @@ def find_groups(
         )
     check_function(apply, variables, "find_groups")
     program = trace(apply, variables, *args, **kwargs)
-    released, deployed = ((x,) if isinstance(x, str) else tuple(x) for x in (released, deployed))
-    for option, names, found in (
-        ("released", released, program.positions),
-        ("deployed", deployed, program.under),
-    ):
+    released = as_names(released, "find_groups: released")
+    deployed = as_names(deployed, "find_groups: deployed")
+    for option, names in (("released", released), ("deployed", deployed)):
         for name in names:
-            if not found([name]):
+            if not program.under([name]):
                 raise TraceError(
                     f"find_groups: {option}={name!r} names no output of the function, which has "
                     f"{list(program.output_paths)}. Pass one of these paths."
                 )
+    if not isinstance(state_outputs, (Mapping, type(None))):
+        raise RequestError(
+            f"find_groups: state_outputs={state_outputs!r}, expected a dictionary from paths of outputs to "
+            "those of the leaves whose next values they are, such as {'1/batch_stats': 'batch_stats'}."
+        )
     pairs = tuple((state_outputs or {}).items())
     states = _checked_states(program, pairs)
     analysis = analyse(
         program,
-        released=program.positions(released),
+        released=program.under(released),
         states=states,
         strict=strict,
         cuts=Cuts(within_heads=within_heads, boundary=boundary),
     )
-    return collect(analysis, leaves_of(variables), components, inexact, released, pairs, deployed)
+    leaves = leaves_of(variables)
+    for leaf in leaves:
+        if not isinstance(name := components(leaf.path), str):
+            raise RequestError(
+                f"find_groups: components({leaf.path!r}) is {name!r}, expected the name of a component."
+            )
+    return collect(analysis, leaves, components, inexact, released, pairs, deployed)
 
 
 def _checked_states(program: Program, pairs: tuple[tuple[str, str], ...]) -> list[tuple[int, int]]:

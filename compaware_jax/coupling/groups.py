@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from compaware_jax.coupling.analysis import Analysis
 from compaware_jax.coupling.program import is_smooth
-from compaware_jax.errors import RequestError
+from compaware_jax.errors import PlanError, RequestError
 from compaware_jax.paths import named_leaves
 from compaware_jax.tables import text_table
 
@@ -288,6 +289,30 @@ def check_groups(groups: Any) -> None:
     """
     if not isinstance(groups, Groups):
         raise RequestError(f"groups is {type(groups).__name__}, expected what find_groups returns.")
+
+
+def leaves_like(groups: Any, tree: Any, caller: str) -> list[Any]:
+    """The leaves of a tree that is like the variables of groups.
+
+    Args:
+      groups: what can leave.
+      tree: a pytree of arrays, abstract ones included.
+      caller: the function that asks, for messages.
+
+    Raises:
+      RequestError: the groups are none.
+      PlanError: the tree has other leaves or shapes.
+    """
+    check_groups(groups)
+    leaves = jax.tree.leaves(tree)
+    got, expected = [np.shape(leaf) for leaf in leaves], [leaf.shape for leaf in groups.leaves]
+    if got != expected:
+        other = next((n for n, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), None)
+        told = f"{len(got)} leaves, expected {len(expected)}"
+        if other is not None:
+            told = f"{got[other]} in place of `{groups.leaves[other].path}`, expected {expected[other]}"
+        raise PlanError(f"{caller}: the variables have {told}. Pass those that the groups were found for.")
+    return leaves
 
 
 def _range(group: Group, least: int, most: int, step: int) -> str:

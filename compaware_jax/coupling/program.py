@@ -165,12 +165,11 @@ class Program:
                 needed.update(eqn.inputs)
         return [path for path, value in zip(self.leaves, self.leaf_values, strict=True) if value in needed]
 
-    def positions(self, paths: Sequence[str]) -> list[int]:
-        """Positions of the outputs with these tree paths; others are passed over."""
-        return [i for i, path in enumerate(self.output_paths) if path in paths]
-
     def under(self, paths: Sequence[str]) -> list[int]:
-        """Positions of the outputs with these tree paths, sub-trees standing for all that is in them."""
+        """Positions of the outputs with these tree paths, sub-trees standing for all that is in them.
+
+        Paths of no output are passed over.
+        """
         return [i for i, path in enumerate(self.output_paths) if any(_under(path, p) for p in paths)]
 
     def needed_for(self, outputs: Sequence[int]) -> Block:

@@ -130,6 +130,8 @@ def _rows_of(split: Any, caller: str) -> tuple[Any, Callable[[Any], Any]]:
     """The arrays of a split on the device, and what becomes of rows of them."""
     if isinstance(split, Split):
         return {"image": jnp.asarray(split.images), "label": jnp.asarray(split.labels)}, _as_images
+    if isinstance(split, ImageSet):
+        raise ValueError(f"{caller}: got all of a data set; expected a part of it, such as `.train`.")
     rows = jax.tree.map(jnp.asarray, split)
     counts = {x.shape[:1] for x in jax.tree.leaves(rows)}
     if len(counts) != 1 or not all(min(count, default=0) for count in counts):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Num
 
-from compaware_jax.coupling.groups import Groups
+from compaware_jax.coupling.groups import Groups, leaves_like
 from compaware_jax.coupling.program import is_smooth
 from compaware_jax.placement import on_host, replicated
 
@@ -49,7 +49,8 @@ def as_numbers(array: Any) -> jax.Array:
 
 def counted(groups: Groups, tree: Any) -> list[tuple[Any, list[np.ndarray]]]:
     """The leaves of a tree and per axis the units that they count for; see `unit_sum`."""
-    pairs = list(zip(jax.tree.leaves(tree), map(list, groups.units_of), strict=True))
+    leaves = leaves_like(groups, tree, "importance")
+    pairs = list(zip(leaves, map(list, groups.units_of), strict=True))
     if not all(is_smooth(leaf) for leaf, _ in pairs):
         beside_weights = np.append(groups.trained[groups.group_of_unit], False)
         for leaf, axes in pairs:
@@ -68,11 +69,11 @@ def floats(values: Any) -> jax.Array:
 
 def sums_over_units(groups: Groups, tree: Any, of: Callable[[Any], Any]) -> np.ndarray | Array:
     """`unit_sum`, as a numpy array where all leaves are on the host."""
-    leaves = jax.tree.leaves(tree)
+    pairs = counted(groups, tree)
     # On the host, numpy spares a compilation per shape.
-    xp = np if all(on_host(leaf) for leaf in leaves) else jnp
+    xp = np if all(on_host(leaf) for leaf, _ in pairs) else jnp
     sums, places = [xp.zeros(0)], [np.zeros(0, int)]
-    for leaf, axes in counted(groups, tree):
+    for leaf, axes in pairs:
         wanted = [axis for axis, units in enumerate(axes) if units.max(initial=-1) >= 0]
         if wanted:
             sums += (_host_sums if xp is np else _device_sums)(leaf, wanted, of)

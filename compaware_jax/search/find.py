@@ -19,13 +19,12 @@ from compaware_jax.search.job import describe_request
 from compaware_jax.search.request import (
     check_asked,
     check_problem,
-    checked_criteria,
     checked_key,
     checked_search,
 )
 from compaware_jax.search.select import keep_units, round_counts
 from compaware_jax.surgery.plan import Plan, plan_units
-from compaware_jax.training.criteria import Apply, Criterion
+from compaware_jax.training.criteria import Apply, Criterion, checked_criteria
 from compaware_jax.training.fit import check_finite, stops
 from compaware_jax.training.loop import run_steps
 from compaware_jax.training.objective import Batches, Loss

@@ -11,11 +11,10 @@ import numpy as np
 import optax
 
 from compaware_jax.cost import Cost
-from compaware_jax.errors import RequestError
 from compaware_jax.importance import ranks
 from compaware_jax.masks import apply_mask
 from compaware_jax.search.coefficients import Problem, Search, on_budget, soft_gates
-from compaware_jax.training.checks import checked_rate
+from compaware_jax.training.checks import checked_number, checked_rate
 from compaware_jax.training.loop import whole_number
 from compaware_jax.training.objective import Pressure, constrained, followed, no_pressure, updated
 from compaware_jax.training.trained import descended, trained_part, value_and_gradients
@@ -87,15 +86,10 @@ class GradientSearch:
 
     def __post_init__(self) -> None:
         whole_number(self.steps, "GradientSearch: steps", least=1)
-        if not (0 <= self.ramp <= 1 and 0 <= self.harden <= 1):
-            raise RequestError(
-                f"GradientSearch: ramp={self.ramp}, harden={self.harden}; expected shares in [0, 1]."
-            )
-        if not min(self.noise, self.edge, self.travel) >= 0:
-            raise RequestError(
-                f"GradientSearch: noise={self.noise}, edge={self.edge}, travel={self.travel}; expected none "
-                "below zero."
-            )
+        for name in ("ramp", "harden"):
+            checked_number(getattr(self, name), f"GradientSearch: {name}", most=1.0)
+        for name in ("noise", "edge", "travel"):
+            checked_number(getattr(self, name), f"GradientSearch: {name}")
         checked_rate(self.learning_rate, "GradientSearch: learning_rate", zero=True)
 
     def build(self, problem: Problem) -> Search:

@@ -52,8 +52,9 @@ class GridSearch:
     validate: int = 4
 
     def __post_init__(self) -> None:
-        levels = np.asarray(self.levels, float)
-        if levels.ndim != 1 or not len(levels) or not (np.isfinite(levels) & (levels > 0)).all():
+        levels = np.asarray(self.levels)
+        numbers = levels.ndim == 1 and len(levels) and levels.dtype.kind in "iuf"
+        if not numbers or not (np.isfinite(levels) & (levels > 0)).all():
             raise RequestError(
                 f"GridSearch: levels={self.levels!r}, expected factors above zero, such as (0.5, 1.0, 2.0)."
             )

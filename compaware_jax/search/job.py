@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from compaware_jax.coupling.groups import Groups
 from compaware_jax.importance import ranks
 from compaware_jax.search.coefficients import Problem, SearchMethod
-from compaware_jax.training.checks import marks
+from compaware_jax.training.checks import marks, program_mark
 from compaware_jax.training.loop import digest
 
 
@@ -26,7 +28,6 @@ def describe_request(
       method: how coefficients are found.
       before: the dense model's value per criterion.
     """
-    settings = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
     return {
         "model": problem.groups.fingerprint,
         "groups": _mark(problem.groups),
@@ -36,10 +37,23 @@ def describe_request(
         "criteria": [[c.name, c.threshold, c.above, c.trainable] for c in problem.criteria],
         "search": [
             type(method).__name__,
-            settings,
+            _settings(method, problem, variables),
         ],
         "score": digest(ranks(problem.groups, problem.score(problem.groups, variables))),
     }
+
+
+def _settings(method: SearchMethod, problem: Problem, variables: Any) -> Any:
+    """The settings of a search; where it does not show them, a hash of its first step and their number."""
+    if is_dataclass(method):
+        return asdict(method)  # pyright: ignore[reportArgumentType]
+    search = method.build(problem)
+
+    def first(variables: Any) -> Any:
+        state = search.init(variables, jnp.float32(0.5), jax.random.key(0), jnp.int32(0))
+        return search.step(state, jnp.int32(0))
+
+    return [program_mark(first, variables)[0], search.steps]
 
 
 def _mark(groups: Groups) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,7 +28,7 @@ from compaware_jax.training.checks import (
     check_trainable,
     not_finite,
 )
-from compaware_jax.training.criteria import Criterion, check_dense, measure
+from compaware_jax.training.criteria import check_dense, measure
 
 
 def check_request(
@@ -118,20 +117,6 @@ def check_asked(apply: Any, loss: Any, batches: Any, groups: Any, score: Any) ->
         raise RequestError(f"score={score!r}, expected a function (groups, variables) -> scores, such as l2.")
 
 
-def checked_criteria(criteria: Any) -> tuple[Criterion, ...]:
-    """The criteria as a tuple.
-
-    Raises:
-      CriterionError: something else is among them, or is given instead.
-    """
-    if isinstance(criteria, Sequence) and all(isinstance(c, Criterion) for c in criteria):
-        return tuple(criteria)
-    got = [type(c).__name__ for c in criteria] if isinstance(criteria, Sequence) else type(criteria).__name__
-    raise CriterionError(
-        f"criteria is {got}, expected a list of criteria, such as [at_least('psnr', metric, 30.0)]."
-    )
-
-
 def checked_key(key: Any) -> jax.Array:
     """The source of randomness, ``jax.random.key(0)`` where none is given.
 
@@ -166,6 +151,7 @@ def _name(function: Any) -> str:
 
 
 def _check_variables(variables: Any, groups: Groups, caller: str) -> None:
+    check_trainable(variables, caller)
     got = fingerprint(leaves_of(variables))
     if got != groups.fingerprint:
         expected = {leaf.path: leaf for leaf in groups.leaves}
@@ -177,7 +163,6 @@ def _check_variables(variables: Any, groups: Groups, caller: str) -> None:
             f"{caller}: the variables (fingerprint {got}) are not those that the groups were found for "
             f"({groups.fingerprint}); first difference: {told}. Call find_groups with these variables."
         )
-    check_trainable(variables, caller)
     if bad := not_finite(variables):
         raise PlanError(
             f"{caller}: {bad[:3]} hold values that are not finite. Expected a trained model; look for "

@@ -28,12 +28,7 @@ def change_matching(tree: Any, plan: Any, change: Callable, *, full: bool, calle
     Raises:
       PlanError: nothing in the tree fits, or not clearly; see `shrink`.
     """
-    if not isinstance(plan, Plan):
-        raise PlanError(
-            f"{caller}: the plan is {type(plan).__name__}, expected a Plan: {caller}(tree, plan), such as "
-            "that of plan_units or result.plan."
-        )
-    templates = _templates(plan, full)
+    templates = _templates(plan, full, caller)
     found: dict[int, list[int]] = {}
 
     def fits(node: Any) -> bool:
@@ -60,7 +55,7 @@ def change_matching(tree: Any, plan: Any, change: Callable, *, full: bool, calle
     return result
 
 
-def positions_in(tree: Any, plan: Plan, caller: str) -> list[int]:
+def positions_in(tree: Any, plan: Any, caller: str) -> list[int]:
     """Positions in the plan of the leaves of full variables, or of one of their Flax collections.
 
     Args:
@@ -71,7 +66,7 @@ def positions_in(tree: Any, plan: Plan, caller: str) -> list[int]:
     Raises:
       PlanError: the tree is not one of these.
     """
-    positions = _match(tree, plan, _templates(plan, full=True), caller)
+    positions = _match(tree, plan, _templates(plan, True, caller), caller)
     if positions is None:
         raise PlanError(
             f"{caller}: the tree with leaves {[path for path, _ in named_leaves(tree)][:4]} is not "
@@ -89,8 +84,13 @@ class _Place(NamedTuple):
     position: int
 
 
-def _templates(plan: Plan, full: bool) -> list[list[_Place]]:
+def _templates(plan: Any, full: bool, caller: str) -> list[list[_Place]]:
     """The leaves of the variables, and of each of their Flax collections."""
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"{caller}: the plan is {type(plan).__name__}, expected a Plan behind the tree, such as that of "
+            "plan_units or result.plan."
+        )
     # Deeper sub-trees are not offered: a layer of another model may look the same by chance.
     first_keys = {leaf.path.split("/")[0] for leaf in plan.leaves}
     prefixes = ["", *(f"{key}/" for key in sorted(first_keys & COLLECTIONS))]

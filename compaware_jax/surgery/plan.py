@@ -128,7 +128,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan from a JSON file; see `from_json`."""
-        return cls.from_json(Path(path).read_text())
+        return cls.from_json(Path(path).read_text(errors="replace"))
 
 
 def component_table(groups: Groups, plan: Plan) -> list[tuple[str, int, int, str]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from compaware_jax.cost import COSTS, Budget, flop_cost
 from compaware_jax.coupling.analysis import Analysis
-from compaware_jax.coupling.groups import Groups
+from compaware_jax.coupling.groups import Groups, check_groups
 from compaware_jax.coupling.program import Program
 from compaware_jax.coupling.propagate import analyse
 from compaware_jax.coupling.rules import Kept
@@ -22,7 +22,7 @@ from compaware_jax.coupling.trace import flatten, trace
 from compaware_jax.coupling.work import contraction_flops, each_equation, flops_of
 from compaware_jax.errors import PlanError
 from compaware_jax.garbage import uncollected
-from compaware_jax.paths import named_leaves
+from compaware_jax.paths import as_names, named_leaves
 from compaware_jax.placement import sharding_in_type, struct_of
 from compaware_jax.surgery.plan import Plan
 from compaware_jax.surgery.slimming import run_small, wider_on_shapes
@@ -45,7 +45,8 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
     Args:
       apply: the function that the groups were found for, or another function of the same variables.
       plan: what is kept.
-      released: tree paths of outputs that come out cut, beside those released to `find_groups`.
+      released: tree paths of outputs that come out cut, beside those released to `find_groups`; sub-trees
+        stand for all that is in them.
 
     Returns:
       A function of the small variables and the same further arguments as `apply`.
@@ -59,6 +60,7 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
             f"slim: got ({type(apply).__name__}, {type(plan).__name__}), expected a function and a Plan: "
             "slim(apply, plan)."
         )
+    released = as_names(released, "slim: released")
     runs: dict[Any, tuple[Callable[..., list[jax.Array]], Any]] = {}
 
     def small_apply(small_variables: Any, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +124,13 @@ def _analysed(
 ) -> tuple[Analysis, np.ndarray]:
     """The analysis of a function at these input shapes, and which of its classes the plan keeps."""
     program = trace(apply, full, *args, **kwargs)
-    chosen = program.positions((*released, *plan.released))
+    for name in released:
+        if not program.under([name]):
+            raise PlanError(
+                f"slim: released={name!r} names no output of the function, which has "
+                f"{list(program.output_paths)}. Pass one of these paths."
+            )
+    chosen = program.under((*released, *plan.released))
     analysis = analyse(
         program, released=chosen, states=program.states(plan.states), cuts=plan.cuts, settled=True
     )
@@ -170,6 +178,9 @@ def uncut(groups: Groups, plan: Plan) -> tuple[Uncut, ...]:
     Raises:
       PlanError: the plan is of another model.
     """
+    check_groups(groups)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"uncut: the plan is {type(plan).__name__}, expected a Plan: uncut(groups, plan).")
     if plan.fingerprint != groups.fingerprint:
         raise PlanError(
             f"uncut: the plan is for the model {plan.fingerprint}, the groups are of {groups.fingerprint}. "

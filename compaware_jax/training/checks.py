@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from compaware_jax.coupling.model_objects import check_function
 from compaware_jax.coupling.program import is_smooth
 from compaware_jax.coupling.trace import flatten, trace
 from compaware_jax.errors import CompawareError, CriterionError, RequestError, TraceError, gist
@@ -29,10 +30,10 @@ _RESIDENT = "data.resident makes such a function of arrays that fit the device."
 
 
 def check_functions(apply: Any, loss: Any, batches: Any) -> None:
-    """Refuse what cannot be called.
+    """Refuse what cannot be called, or is a model object.
 
     Raises:
-      RequestError: says what to pass instead.
+      RequestError, TraceError: says what to pass instead.
     """
     expected = {
         "apply": (apply, "the model as a pure function apply(variables, *args)."),
@@ -42,6 +43,28 @@ def check_functions(apply: Any, loss: Any, batches: Any) -> None:
     for name, (given, what) in expected.items():
         if not callable(given):
             raise RequestError(f"{name} is {type(given).__name__}, expected {what}")
+    check_function(apply, None, "apply")
+
+
+def checked_number(value: Any, name: str, *, most: float = np.inf) -> float:
+    """A setting as a number, from zero to `most`.
+
+    Raises:
+      RequestError: it is none.
+    """
+    number = _number(value)
+    if number is None or not (0 <= number <= most) or number == np.inf:
+        expected = "zero or above" if most == np.inf else f"from 0 to {most:g}"
+        raise RequestError(f"{name}={value!r}, expected a finite number, {expected}.")
+    return number
+
+
+def _number(value: Any) -> float | None:
+    """What holds one real number, as that; None for anything else."""
+    if not isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
+        return None
+    array = np.asarray(value)
+    return float(array) if array.shape == () and array.dtype.kind in "iuf" else None
 
 
 def checked_rate(rate: Any, name: str, *, zero: bool = False) -> float:
@@ -50,14 +73,14 @@ def checked_rate(rate: Any, name: str, *, zero: bool = False) -> float:
     Raises:
       RequestError: it is none, or not above zero.
     """
-    number = np.asarray(rate) if isinstance(rate, (int, float, np.number, np.ndarray, jax.Array)) else None
-    if number is None or number.shape != () or not (0 < number < np.inf or (zero and number == 0)):
+    number = _number(rate)
+    if number is None or not (0 < number < np.inf or (zero and number == 0)):
         least = "zero or above" if zero else "above zero"
         raise RequestError(
             f"{name}={rate!r}, expected a finite number, {least}: it falls on a cosine. For another "
             "schedule pass an optimizer that has it, such as optimizer=optax.adamw(schedule)."
         )
-    return float(number)
+    return number
 
 
 def optimizer_mark(optimizer: Any, variables: Any, caller: str) -> str | None:
@@ -71,7 +94,7 @@ def optimizer_mark(optimizer: Any, variables: Any, caller: str) -> str | None:
     if not isinstance(optimizer, optax.GradientTransformation):
         raise RequestError(
             f"{caller}: optimizer={optimizer!r}, expected an optax.GradientTransformation, such as "
-            "optax.adamw(1e-3)."
+            "optax.adamw(1e-3); optax.MultiSteps has gradient_transformation()."
         )
 
     def first(part: Any) -> Any:
@@ -79,7 +102,7 @@ def optimizer_mark(optimizer: Any, variables: Any, caller: str) -> str | None:
         return state, optimizer.update(part, state, part)[1]
 
     try:
-        program, states = jax.make_jaxpr(first, return_shape=True)(trained_part(variables))
+        mark, states = program_mark(first, trained_part(variables))
     except Exception as error:
         raise RequestError(
             f"{caller}: the optimizer fails ({gist(error)}). Expected one that is called as "
@@ -93,10 +116,21 @@ def optimizer_mark(optimizer: Any, variables: Any, caller: str) -> str | None:
             f"{caller}: the optimizer's state has other shapes or dtypes after a step, expected those that "
             "its init makes, as with the optimizers of optax."
         )
+    return mark
+
+
+def program_mark(function: Callable[..., Any], *args: Any) -> tuple[str, Any]:
+    """What tells a function from others: a hash of its program; and the shapes that it returns.
+
+    Args:
+      function: pure, of pytrees of arrays; nothing is computed.
+      *args: its arguments.
+    """
+    program, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     # Functions in it, as of custom derivatives, are printed with their addresses.
     text = re.sub(r"0x[0-9a-f]+", "", str(program))
     held = flatten(program, leaves=()).constants.values()
-    return digest([np.frombuffer(text.encode(), np.uint8), *held])
+    return digest([np.frombuffer(text.encode(), np.uint8), *held]), shapes
 
 
 def check_trainable(variables: Any, caller: str) -> None:
@@ -263,6 +297,8 @@ def _check_number(value: Any, name: str, kind: type[CompawareError]) -> None:
     if shape != ():
         got = f"is a {type(value).__name__}" if shape is None else f"has shape {shape}"
         raise kind(f"{name} {got}, expected a scalar: one number, such as a mean over the batch.")
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        raise kind(f"{name} is of {value.dtype}, expected a real number, such as an absolute value.")
 
 
 def check_loss(apply: Any, variables: Any, loss: Loss, batches: Batches, caller: str) -> None:

@@ -93,6 +93,26 @@ def _threshold(name: Any, metric: Any, threshold: Any) -> float:
     return float(given.item())
 
 
+def checked_criteria(criteria: Any) -> tuple[Criterion, ...]:
+    """The criteria as a tuple.
+
+    Raises:
+      CriterionError: something else is among them, or is given instead; or two have the same name.
+    """
+    if isinstance(criteria, Sequence) and all(isinstance(c, Criterion) for c in criteria):
+        names = [c.name for c in criteria]
+        if len(set(names)) < len(names):
+            raise CriterionError(
+                f"criteria are named {names}, expected names of their own. Rename one, so that each can be "
+                "reported."
+            )
+        return tuple(criteria)
+    got = [type(c).__name__ for c in criteria] if isinstance(criteria, Sequence) else type(criteria).__name__
+    raise CriterionError(
+        f"criteria is {got}, expected a list of criteria, such as [at_least('psnr', metric, 30.0)]."
+    )
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A criterion, and what two models made of it."""
@@ -123,12 +143,7 @@ def measure(criteria: Sequence[Criterion], apply: Apply, variables: Any, batch: 
     Raises:
       CriterionError: two criteria have the same name, or a metric is no scalar.
     """
-    names = [c.name for c in criteria]
-    if len(set(names)) < len(names):
-        raise CriterionError(
-            f"measure: criteria are named {names}, expected names of their own. Rename one, so that each "
-            "can be reported."
-        )
+    criteria = checked_criteria(criteria)
     values = jax.jit(lambda v, b: [c.metric(apply, v, b) for c in criteria])(variables, batch)
     for c, value in zip(criteria, values, strict=True):
         if jnp.shape(value) != ():

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-from compaware_jax.errors import DivergenceError
+from compaware_jax.errors import DivergenceError, RequestError
 from compaware_jax.training.checks import (
     check_batches,
     check_functions,
@@ -23,7 +23,7 @@ from compaware_jax.training.checks import (
     not_finite,
     optimizer_mark,
 )
-from compaware_jax.training.criteria import Apply, Criterion
+from compaware_jax.training.criteria import Apply, Criterion, checked_criteria
 from compaware_jax.training.loop import digest, run_steps, whole_number
 from compaware_jax.training.objective import (
     Batches,
@@ -128,11 +128,14 @@ def fit(
       CheckpointError: see `run_steps`.
     """
     check_functions(apply, loss, batches)
+    criteria = checked_criteria(criteria)
     learning_rate = checked_rate(learning_rate, f"{label}: learning_rate")
     check_trainable(variables, label)
     check_batches(batches, label)
     check_objective(apply, variables, loss, batches, criteria, label)
     check_metrics(apply, variables, batches, criteria, label)
+    if not isinstance(job, (Mapping, type(None))):
+        raise RequestError(f"{label}: job={job!r}, expected a dictionary of JSON values, by name.")
     if directory is not None and job is None:
         check_loss(apply, variables, loss, batches, label)
         job = marks(apply, variables, loss, batches, criteria)
@@ -160,7 +163,7 @@ def tuned(
     steps: int,
     *,
     learning_rate: float,
-    optimizer: optax.GradientTransformation | None,
+    optimizer: Any,
     criteria: Sequence[Criterion],
     label: str,
     directory: str | os.PathLike[str] | None,

@@ -226,8 +226,8 @@ class _Store:
             }
             raise CheckpointError(
                 f"run_steps: {self.directory} holds a checkpoint of another job; (found, expected) "
-                f"differ in {differ}. Nothing was changed. Choose another directory, or delete this one "
-                "to start anew; what lies beside it stays as it is."
+                f"differ in {differ}. Nothing was changed. Choose another directory; or delete "
+                "the numbered folders in this one, to start anew."
             )
         kept = {"state": state, "history": history}
         found = self.read(done, run=ocp.args.StandardRestore(_storable(kept))).run
@@ -244,7 +244,7 @@ class _Store:
         return CheckpointError(
             f"run_steps: the checkpoint {self.directory / str(done)} cannot be read "
             f"({gist(error)}). Nothing was changed. Delete that folder to go on from the checkpoint before "
-            "it, or the whole directory to start anew."
+            "it, or all numbered folders beside it to start anew."
         )
 
     def save(self, done: int, state: Any, history: Any) -> None:
