@@ -21,9 +21,10 @@ except ImportError as error:
     ) from error
 
 from compaware_jax.adapters import equinox_loops  # noqa: F401  (registers rules)
-from compaware_jax.adapters.calls import Static, hashable, split_arrays, with_updates
+from compaware_jax.adapters.calls import Known, Static, hashable, split_arrays, with_updates
 from compaware_jax.adapters.rebuilt import compare
 from compaware_jax.errors import TraceError
+from compaware_jax.paths import named_leaves, path_name
 from compaware_jax.surgery.plan import Plan
 from compaware_jax.surgery.small_function import check_small, slim
 from compaware_jax.surgery.trees import shrink
@@ -94,25 +95,29 @@ class Slimmed(eqx.Module):
 
     `model` holds the small arrays in the structure of the full module, which is what `eqx.filter_grad`,
     `eqx.partition`, `eqx.tree_serialise_leaves` and `eqx.nn.inference_mode` look at. Call the `Slimmed`,
-    not `model`.
+    not `model`. Its integers and flags are constants, as they are for `functional`.
     """
 
     model: eqx.Module
     plan: Plan = eqx.field(static=True)
+    known: Known = eqx.field(static=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the slimmed function gives for one example."""
         params, rest = eqx.partition(self.model, eqx.is_inexact_array)
+        held, rest = _held(rest)
+        self.known.check(held, "Slimmed")
         states = [i for i, x in enumerate(args) if isinstance(x, eqx.nn.State)]
         variables = params
         if states:
             arrays, other = eqx.partition(args[states[0]], eqx.is_array)
             variables = {"params": params, "state": arrays}
             args = (*args[: states[0]], other, *args[states[0] + 1 :])
-        arrays, static = split_arrays((rest, args, kwargs))
+        held = {name: x for name, x in held.items() if name not in self.known.arrays}
+        arrays, static = split_arrays((rest, held, args, kwargs))
         place = states[0] if states else None
         build = _cached if hashable(static) else _small_call
-        return build(static, place, self.plan)(variables, *arrays)
+        return build(static, place, self.plan, self.known)(variables, *arrays)
 
 
 def slimmed(model: Any, plan: Plan, state: eqx.nn.State | None = None, *, variables: Any = None) -> Any:
@@ -134,7 +139,7 @@ def slimmed(model: Any, plan: Plan, state: eqx.nn.State | None = None, *, variab
       PlanError: the plan was made for another model, or the variables are not small ones of it.
     """
     small, small_state = _with_small_arrays(model, plan, state, variables, "slimmed")
-    module = Slimmed(small, plan)
+    module = _slimmed(small, plan)
     return module if state is None else (module, small_state)
 
 
@@ -171,9 +176,19 @@ def smaller(
     small, small_state = _with_small_arrays(model, plan, state, variables, "smaller")
     if args or kwargs:
         inputs = args if state is None else (*args, small_state)
-        expected = eqx.filter_jit(Slimmed(small, plan))(*inputs, **kwargs)
+        expected = eqx.filter_jit(_slimmed(small, plan))(*inputs, **kwargs)
         compare(lambda: eqx.filter_jit(small)(*inputs, **kwargs), expected, None, "smaller", "slimmed")
     return small if state is None else (small, small_state)
+
+
+def _slimmed(small: Any, plan: Plan) -> Slimmed:
+    return Slimmed(small, plan, Known.of(_held(eqx.partition(small, eqx.is_inexact_array)[1])[0]))
+
+
+def _held(rest: Any) -> tuple[dict[str, Any], Any]:
+    """The arrays by their paths in what is no floating-point array of a module; and that without them."""
+    arrays, other = eqx.partition(rest, eqx.is_array)
+    return dict(named_leaves(arrays)), other
 
 
 def _check(model: Any, caller: str) -> None:
@@ -197,11 +212,15 @@ def _with_small_arrays(model: Any, plan: Plan, state: Any, small: Any, caller: s
     return eqx.combine(small["params"], rest), eqx.combine(small["state"], other)
 
 
-def _small_call(static: Static, place: int | None, plan: Plan) -> Callable[..., Any]:
+def _small_call(static: Static, place: int | None, plan: Plan, known: Known) -> Callable[..., Any]:
     """The slimmed call of a module whose state, if any, is the argument at a place."""
 
     def call(variables: Any, *arrays: Any) -> Any:
-        rest, args, kwargs = static.join(list(arrays))
+        rest, held, args, kwargs = static.join(list(arrays))
+        held = {**held, **known.arrays}
+        rest = jax.tree.map_with_path(
+            lambda path, x: held.get(path_name(path), x), rest, is_leaf=lambda x: x is None
+        )
         params = variables
         if place is not None:
             params = variables["params"]

@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from compaware_jax.adapters.calls import Static, hashable, split_arrays, with_updates
+from compaware_jax.adapters.calls import Known, Static, hashable, split_arrays, with_updates
 from compaware_jax.adapters.nnx_layers import update_attributes
 from compaware_jax.adapters.rebuilt import compare
+from compaware_jax.coupling.program import is_smooth
 from compaware_jax.errors import PlanError, TraceError
-from compaware_jax.paths import named_leaves
+from compaware_jax.paths import named_leaves, path_name
 from compaware_jax.surgery.plan import Plan
 from compaware_jax.surgery.small_function import check_small, slim
 from compaware_jax.surgery.trees import shrink
@@ -35,11 +35,12 @@ def functional(
 
     Returns:
       The function ``apply(variables, *args, reseed=None)``, which gives what ``model(*args)`` gives, and the
-      variables: a nested dict of the floating-point arrays of all variables (Param, BatchStat, ...).
-      Counters and the state of random number generators are closed over: a module that draws, such as
-      Dropout in training mode, draws the same numbers at every call, unless it is given a random key as
-      `reseed`, e.g. from the batch. Only Params have a gradient, so that `compress` leaves batch statistics
-      as they are.
+      variables: a nested dict of the arrays of Param, BatchStat and Cache, and of what else is
+      floating-point. Other integers and flags, such as a permutation or a mask, are closed over: look-ups by
+      a table that is known are followed index by index. So is the state of random number generators: a
+      module that draws, such as Dropout in training mode, draws the same numbers at every call, unless it
+      is given a random key as `reseed`, e.g. from the batch. Only Params have a gradient, so that
+      `compress` leaves batch statistics as they are.
 
     Raises:
       TraceError: the model is no NNX module.
@@ -81,20 +82,24 @@ class Slimmed(nnx.Module):
 
     `model` holds the small arrays in the structure of the full module, which is what `nnx.state`,
     `nnx.Optimizer`, `train()` and `eval()` look at. Its layers keep the attributes of the full module, at
-    whose shapes the code is traced; call the `Slimmed`, not `model`.
+    whose shapes the code is traced; call the `Slimmed`, not `model`. What `functional` closes over is
+    constant here as well, unless it is the state of random number generators or changes in a call.
     """
 
     def __init__(self, model: nnx.Module, plan: Plan):
         self.model = model
         self.plan = plan
+        held = _split(model, "slimmed")[2]
+        streams = {path for path, _ in named_leaves(nnx.to_pure_dict(nnx.state(model, nnx.RngState)))}
+        self.known = Known.of({path: x for path, x in named_leaves(held) if path not in streams})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the slimmed function gives; updates of the state (BatchNorm, RNG) are written back."""
         graphdef, variables, held = _split(self.model, "Slimmed")
-        arrays, static = split_arrays((held, args, kwargs))
+        arrays, static = split_arrays((args, kwargs))
         build = _cached if hashable(graphdef, static) else _small_call
         try:
-            output, changed = build(graphdef, static, self.plan)(variables, *arrays)
+            output, changed = build(graphdef, static, self.plan, self.known)(variables, held, arrays)
         except PlanError as error:
             if not jax.tree.leaves(nnx.state(self.model, nnx.BatchStat)):
                 raise
@@ -188,11 +193,11 @@ def _reseed(model: Any, key: jax.Array) -> None:
 
 
 def _is_held(path: Any, variable: Any) -> bool:
-    """Whether a variable is no floating-point array: keys, counters, what `sow` gathers."""
-    if isinstance(variable, nnx.Variable):
-        variable = variable.get_value()
-    array = hasattr(variable, "dtype") and hasattr(variable, "shape")
-    return not (array and jnp.issubdtype(variable.dtype, np.inexact))
+    """Whether a variable is none of the function: keys, tables, what `sow` gathers."""
+    value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+    if not (hasattr(value, "dtype") and hasattr(value, "shape")):
+        return True
+    return not (isinstance(variable, nnx.Param | nnx.BatchStat | nnx.Cache) or is_smooth(value))
 
 
 def _described(model: Any) -> str:
@@ -207,25 +212,43 @@ def _with_small_arrays(model: Any, plan: Plan, small: Any, caller: str) -> Any:
     return nnx.merge(graphdef, small, held)
 
 
-def _small_call(graphdef: Any, static: Static, plan: Plan) -> Callable[..., Any]:
+def _small_call(graphdef: Any, static: Static, plan: Plan, known: Known) -> Callable[..., Any]:
     """The slimmed call of a module: the output, and the variables that the call changed."""
+    constants = dict(known.arrays)
 
-    def call(variables: Any, *arrays: Any) -> tuple[Any, dict[Any, Any]]:
-        held, args, kwargs = static.join(list(arrays))
-        model = nnx.merge(graphdef, variables, held)
-        before = {id(leaf) for leaf in jax.tree.leaves((variables, held))}
+    def call(variables: Any, held: Any, arrays: list[Any]) -> tuple[Any, dict[Any, Any]]:
+        args, kwargs = static.join(arrays)
+        whole = jax.tree.map_with_path(
+            lambda path, x: constants.get(path_name(path), x), held, is_leaf=lambda x: x is None
+        )
+        model = nnx.merge(graphdef, variables, whole)
+        before = {path: id(leaf) for tree in (variables, whole) for path, leaf in named_leaves(tree)}
         output = model(*args, **kwargs)
-        _, after, held_after = _split(model, "Slimmed")
-        known = {path for tree in (variables, held) for path, _ in named_leaves(tree)}
+        _, *after = _split(model, "Slimmed")
         changed = {}
-        for tree in (after, held_after):
+        for tree in after:
             for path, leaf in nnx.traversals.flatten_mapping(tree).items():
+                name = "/".join(map(str, path))
                 # New variables, as of sow, have no place in the module's structure.
-                if id(leaf) not in before and "/".join(map(str, path)) in known:
+                if name in before and id(leaf) != before[name]:
                     changed[path] = leaf
         return output, nnx.traversals.unflatten_mapping(changed)
 
-    return slim(call, with_updates(plan, ""))
+    small = slim(call, with_updates(plan, ""))
+
+    def run(variables: Any, held: Any, arrays: list[Any]) -> tuple[Any, dict[Any, Any]]:
+        known.check({path: x for path, x in named_leaves(held) if path in constants}, "Slimmed")
+        unknown = jax.tree.map_with_path(lambda path, x: None if path_name(path) in constants else x, held)
+        output, changed = small(variables, unknown, arrays)
+        counters = {path for path, _ in named_leaves(changed)} & constants.keys()
+        if not counters:
+            return output, changed
+        # What a call changes is no constant.
+        for path in counters:
+            del constants[path]
+        return run(variables, held, arrays)
+
+    return run
 
 
 _cached = lru_cache(maxsize=64)(_small_call)

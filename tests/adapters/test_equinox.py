@@ -202,3 +202,58 @@ def test_training_mode_through_compress():
 def test_updates_without_state():
     with pytest.raises(TraceError, match=r"updates=True without state"):
         adapter.functional(eqx.nn.Linear(3, 2, key=jax.random.key(0)), updates=True)
+
+
+class Held(eqx.Module):
+    """Channels permuted and masked, and constants of a module that are no arrays."""
+
+    first: eqx.nn.Linear
+    last: eqx.nn.Linear
+    order: jax.Array
+    mask: jax.Array
+
+    def __init__(self, key):
+        self.first, self.last = eqx.nn.Linear(3, 8, key=key), eqx.nn.Linear(8, 2, use_bias=False, key=key)
+        self.order = jnp.array([3, 1, 0, 2, 7, 6, 5, 4])
+        self.mask = jnp.arange(16).reshape(2, 8) % 3 > 0
+
+    def __call__(self, x):
+        hidden = jax.nn.relu(self.first(x))[self.order]
+        return (self.last.weight * self.mask) @ hidden
+
+
+def test_integers_and_flags_of_a_module_are_constants(x64):
+    model, x = Held(jax.random.key(0)), images(4, 3)
+    apply, variables = adapter.functional(model)
+    groups = ca.find_groups(apply, variables, x[0])
+    assert groups.units == 8
+    plan, masked = cut(groups, random_units(groups), variables)
+    expected, small = batched(apply)(masked, x), adapter.slimmed(model, plan)
+    assert distance(jax.vmap(small)(x), expected) <= TIGHT
+    assert distance(eqx.filter_jit(lambda m, x: jax.vmap(m)(x))(small, x), expected) <= TIGHT
+    assert jax.tree.leaves(eqx.filter_grad(lambda m: (jax.vmap(m)(x) ** 2).sum())(small))
+    changed = eqx.tree_at(lambda m: m.model.mask, small, ~model.mask)
+    with pytest.raises(PlanError, match="Slimmed: `mask` has other values than when `slimmed` was called"):
+        changed(x[0])
+
+
+def test_a_plan_of_both_modes():
+    model, state = eqx.nn.make_with_state(Normalised)(jax.random.key(0))
+    training, variables = adapter.functional(model, state, updates=True)
+    used, _ = adapter.functional(eqx.nn.inference_mode(model), state)
+
+    def over(apply, out):
+        return jax.vmap(apply, (None, 0), out, axis_name="batch")
+
+    def both(variables, x):
+        output, new = over(training, (0, None))(variables, x)
+        return {"trained": output, "used": over(used, 0)(variables, x), "state": new}
+
+    x = jnp.asarray(images(4, 3), jnp.float32)
+    groups = ca.find_groups(both, variables, x, state_outputs={"state": "state"}, deployed=("used",))
+    plan = ca.plan_units(groups, np.arange(8) < 5)
+    expected = ca.slim(both, plan)(ca.shrink(variables, plan), x)
+    for mode, name in ((model, "trained"), (eqx.nn.inference_mode(model), "used")):
+        small, small_state = adapter.slimmed(mode, plan, state)
+        output, _ = jax.vmap(small, (0, None), (0, None), axis_name="batch")(x, small_state)
+        assert distance(output, expected[name]) <= 1e-5
