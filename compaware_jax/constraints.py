@@ -36,8 +36,9 @@ def constrain(
 
     Patterns are shell patterns (``*``, ``?``, ``[…]``) of group names; where none fits, of the component
     that produces a group; where none fits, of the components that it reaches into; where none fits, of the
-    paths of leaves that its units span. Where several demands of a call reach a group, the last wins. Called
-    again, demands add up: floors rise, ceilings fall, multiples become common ones.
+    paths of leaves that its units span, and at last of these with the axis, as tables show them: ``w[0]``.
+    Where several demands of a call reach a group, the last wins. Called again, demands add up: floors rise,
+    ceilings fall, multiples become common ones.
 
     Args:
       groups: what can leave.
@@ -167,19 +168,20 @@ def _matching(groups: Groups, pattern: str, what: str) -> list[int]:
         lambda group: group.components[:1],
         lambda group: group.components,
         lambda group: [path for path, _, _ in group.axes],
+        lambda group: [f"{path}[{axis}]" for path, axis, _ in group.axes],
     )
     found: list[int] = []
     for reading in readings:
         found = found or [
             g
             for g, group in enumerate(groups.groups)
-            if any(fnmatchcase(text, pattern) for text in reading(group))
+            if any(text == pattern or fnmatchcase(text, pattern) for text in reading(group))
         ]
     if not found:
         raise BudgetError(
             f"constrain: {what} names {pattern!r}, which matches no group. The groups are "
-            f"{[group.name for group in groups.groups][:12]}; patterns may also be of components and "
-            "leaf paths."
+            f"{[group.name for group in groups.groups][:12]}; patterns may also be of components, "
+            "leaf paths and their axes."
         )
     return found
 

@@ -84,6 +84,11 @@ def test_python_number_among_the_variables():
         ca.find_groups(two_layers, variables(scale=2.0), X)
 
 
+def test_input_that_is_no_array():
+    with pytest.raises(TraceError, match=r"the input `mode` is str, expected an array.*functools\.partial"):
+        ca.find_groups(lambda v, x, mode: two_layers(v, x), variables(), X, mode="train")
+
+
 def test_two_leaves_of_one_path():
     with pytest.raises(TraceError, match=r"two leaves .* have the path `c/d`.*Rename a key"):
         ca.find_groups(two_layers, variables(**{"c": {"d": np.ones(3)}, "c/d": np.ones(3)}), X)

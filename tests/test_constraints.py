@@ -238,6 +238,17 @@ def test_ties_may_form_a_chain():
     assert ca.constrain(groups, ceiling=4, floor=0.25).ceilings.tolist() == [4] * 4
 
 
+def test_names_with_brackets_are_names():
+    """As tables show axes; in a shell pattern, brackets would be a choice of letters."""
+    variables = {"w[0]": jnp.ones((3, 6)), "w": jnp.ones((6, 5)), "b": jnp.ones((5, 2))}
+    groups = ca.find_groups(
+        lambda v, x: jnp.tanh(jnp.tanh(x @ v["w[0]"]) @ v["w"]) @ v["b"], variables, jnp.ones((1, 3))
+    )
+    assert [group.name for group in groups.groups] == ["w[0]", "w"]
+    assert ca.constrain(groups, whole="w[0]").floors.tolist() == [6, 1]
+    assert ca.constrain(groups, whole="b[0]").floors.tolist() == [1, 5]
+
+
 def test_demands_add_up(groups):
     first = ca.constrain(groups, whole="encoder", ceiling={"middle": 30}, may_empty="decoder")
     both = ca.constrain(first, multiple_of=8, floor={"middle": 9})

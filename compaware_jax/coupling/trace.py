@@ -134,10 +134,10 @@ def _argument_names(apply: Callable[..., Any], args: Any, kwargs: Any) -> tuple[
 
 
 def _input(path: Any, leaf: Any) -> Any:
-    return leaf if isinstance(leaf, (bool, int, float, complex)) else _abstract(path, leaf)
+    return leaf if isinstance(leaf, (bool, int, float, complex)) else _abstract(path, leaf, "input")
 
 
-def _abstract(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+def _abstract(path: Any, leaf: Any, what: str = "leaf") -> jax.ShapeDtypeStruct:
     if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
         if any(map(jax.export.is_symbolic_dim, leaf.shape)):
             raise TraceError(
@@ -149,7 +149,7 @@ def _abstract(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
             return struct_of(leaf, leaf.dtype)  # typed random keys
         return struct_of(leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))
     raise TraceError(
-        f"trace: the leaf `{path_name(path)}` is {type(leaf).__name__}, expected an array or a "
+        f"trace: the {what} `{path_name(path)}` is {type(leaf).__name__}, expected an array or a "
         "jax.ShapeDtypeStruct. Close over values that are not arrays, e.g. with functools.partial."
     )
 
