@@ -232,48 +232,6 @@ def test_activated_channels_of_images_stay_zero():
     assert max(law_errors(apply, variables, image, keep=KEEP, groups=groups)) <= 1e-10
 
 
-def routed(v, x):
-    """The better of two experts of each row, rows sorted by expert."""
-    expert = jnp.argmax(x @ v["route"], -1)
-    order = jnp.argsort(expert)
-    h = lax.ragged_dot(x[order], v["a"], jnp.bincount(expert, length=2))
-    y = lax.ragged_dot(jnp.tanh(h), v["b"], jnp.bincount(expert, length=2))
-    return jnp.zeros_like(y).at[order].set(y)
-
-
-def test_ragged_product():
-    shapes = {"in": (3, 4), "route": (4, 2), "a": (2, 4, 6), "b": (2, 6, 4), "out": (4, 2)}
-    variables = {name: RNG.normal(size=shape) for name, shape in shapes.items()}
-
-    def apply(v, x):
-        h = x @ v["in"]
-        return (h + routed(v, h)) @ v["out"]
-
-    rows = RNG.normal(size=(7, 3))
-    groups = ca.find_groups(apply, variables, rows, strict=True)
-    # The stream, the columns of the route, what is hidden in both experts; no expert leaves whole.
-    assert sorted(groups.sizes.tolist()) == [2, 4, 6]
-    assert {axis.path for axis in groups.fixed if "rows or groups" in axis.reason} == {"a", "b"}
-    keep = np.arange(groups.units) % 3 != 1
-    assert max(law_errors(apply, variables, rows, keep=keep, groups=groups)) <= 1e-10
-    plan = ca.plan_units(groups, keep)
-    assert [e.where for e in ca.uncut(groups, plan) if "ragged" in e.where] == []
-
-
-def test_ragged_product_of_contracted_rows():
-    """As in the gradient of one: sums over runs of rows, of which nothing leaves."""
-
-    def apply(v, x):
-        h = jnp.tanh(x @ v["a"])
-        sizes = jnp.array([1, 3], jnp.int32)
-        slope = jax.grad(lambda w: (lax.ragged_dot(h, w, sizes) ** 2).sum())(jnp.ones((2, 6, 2)))
-        return slope.sum((0, 1)) + h @ v["b"]
-
-    groups = ca.find_groups(apply, VARIABLES, X, strict=True)
-    assert groups.units == 0
-    assert any("summed in runs" in axis.reason for axis in groups.fixed)
-
-
 @jax.custom_vjp
 def layer(h, w):
     """A layer with a backward pass of its own, not that of its body: twice as much for the input."""

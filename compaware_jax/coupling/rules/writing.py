@@ -1,7 +1,8 @@
 """Updates by index: scatter, dynamic_update_slice.
 
 Axes written whole are passed on. Of the others, those whose positions are constants of the program are
-followed position by position (`Write`); where one is not, none is, and they stay whole.
+followed position by position (`Write`); where one is not, none is, and they stay whole. The axes of an update
+that run over computed positions are summed over by `scatter_add`: what leaves there adds nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from compaware_jax.coupling.factors import Factor, Tracked
 from compaware_jax.coupling.ledger import Ledger
 from compaware_jax.coupling.operands import combine
 from compaware_jax.coupling.program import Equation
-from compaware_jax.coupling.rules.arrays import bind, cut, take
+from compaware_jax.coupling.rules.arrays import bind, cut, take, take_along
 from compaware_jax.coupling.rules.families import dead_of, fixed_elsewhere, known_start, passed
 from compaware_jax.coupling.rules.registry import Kept, Small, register_rule
 
@@ -49,6 +50,7 @@ def _couple(
     writes: Sequence[Write] | None,
     *,
     replaces: bool,
+    summed: Sequence[Factor] = (),
 ) -> list[Factor]:
     """The factors of an operand that is written to.
 
@@ -60,11 +62,12 @@ def _couple(
       passes: axes of the update that cover the operand's, to those.
       writes: one per other axis of the operand; None where that is not known.
       replaces: whether the update takes the place of what was there.
+      summed: factors of the update that are summed over.
     """
     reason, places = f"written to by index in {eqn.where}", list(writes or ())
     along = [(_alone(x, w.axis), _alone(update, w.source)) for w in places]
     into = passed(ledger, x, {a: a for a in passes.values()}, reason, [f for f, _ in along if f])
-    written = passed(ledger, update, passes, reason, [f for _, f in along if f])
+    written = passed(ledger, update, passes, reason, [*(f for _, f in along if f), *summed])
     factors = []
     for axes, ids, (mine, theirs) in combine(ledger, [tuple(into), tuple(written)]):
         factors.append(Factor(axes, ids, one_of([dead_of(x, mine), dead_of(update, theirs)])))
@@ -141,7 +144,8 @@ def _window_axes(eqn: Equation) -> dict[int, int]:
     dims = eqn.params["dimension_numbers"]
     gone = {*dims.inserted_window_dims, *dims.operand_batching_dims}
     windows = [a for a in range(len(eqn.in_shapes[0])) if a not in gone]
-    return dict(zip(dims.update_window_dims, windows, strict=True))
+    # A vmap makes numpy's integers of these.
+    return dict(zip(map(int, dims.update_window_dims), windows, strict=True))
 
 
 def _batch_axes(eqn: Equation) -> list[int]:
@@ -179,16 +183,42 @@ def _scatter_writes(eqn: Equation, known: np.ndarray | None) -> list[Write] | No
     return writes if inside and len(set(sources)) == len(sources) else None
 
 
+_ADDS = {p.scatter_add_p, *([lax.scatter_sub_p] if hasattr(lax, "scatter_sub_p") else [])}
+
+
+def _summed(ledger: Ledger, eqn: Equation, indices: Tracked, updates: Tracked) -> list[tuple[Factor, Factor]]:
+    """Factors of computed positions, and of the updates along them, that are summed over and may leave."""
+    if eqn.primitive not in _ADDS or indices.known is not None:
+        return []
+    both = ((_alone(indices, d), _alone(updates, u)) for d, u in _position_axes(eqn).items())
+    found = [(a, b) for a, b in both if a is not None and b is not None]
+    return [(a, b) for a, b in found if not (ledger.all_fixed(a.ids) or ledger.all_fixed(b.ids))]
+
+
+def _position_axes(eqn: Equation) -> dict[int, int]:
+    """Axes of the indices to those of the updates along them, without those of batching."""
+    batching = eqn.params["dimension_numbers"].scatter_indices_batching_dims
+    # The last axis of the indices holds the columns of a position.
+    return {d: u for d, u in enumerate(_batch_axes(eqn)) if d not in batching}
+
+
 def _couple_scatter(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
     x, indices, updates = inputs
     whole, batching = _scatter_axes(eqn)
+    summed = _summed(ledger, eqn, indices, updates)
     for factor in indices.factors:
-        ledger.fix(factor.ids, f"an index of {eqn.where}")
+        if not any(factor is f for f, _ in summed):
+            ledger.fix(factor.ids, f"an index of {eqn.where}")
+    for positions, written in summed:
+        ledger.equate(positions.ids, written.ids)
     # `x.at[i].apply(f)` is a scatter with f in it, and f of zero may be anything.
     sets = eqn.primitive is p.scatter_p
     applied = sets and eqn.params["update_jaxpr"] is not None
     writes, passes = _scatter_writes(eqn, indices.known), whole | batching
-    factors = _couple(ledger, eqn, x, updates, passes, writes, replaces=sets and not applied)
+    factors = _couple(
+        ledger, eqn, x, updates, passes, writes,
+        replaces=sets and not applied, summed=[written for _, written in summed],
+    )  # fmt: skip
     return [Tracked(x.shape, tuple(factors if not applied else [replace(f, dead=UNKNOWN) for f in factors]))]
 
 
@@ -202,6 +232,16 @@ def _slim_scatter(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
     if update is None:
         return [base]
     positions = indices.array
+    for d, u in _position_axes(eqn).items():
+        left = [x.kept[axis] for x, axis in ((indices, d), (updates, u)) if not writes]
+        index = next((index for index in left if index is not None), None)
+        if index is not None:
+            if not updates.zero[u]:
+                return None
+            if left[0] is None:
+                positions = take_along(positions, d, index)
+            if left[1] is None:
+                update = take_along(update, u, index)
     if writes:
         assert indices.known is not None
         places, batch = indices.known.copy(), _batch_axes(eqn)
