@@ -91,6 +91,8 @@ SINGULAR = {
     # Infinite or no number as what is chosen.
     "masked by its own value": lambda h: jax.nn.softmax(jnp.where(h != 0, h, -jnp.inf), 0),
     "the largest of what is positive": lambda h: jnp.where(jnp.abs(h) > 0, h, -jnp.inf).max(0),
+    "infinity times data": lambda h: jnp.exp(jnp.where(h != 0, h, -jnp.inf) * (X @ np.ones((3, 6)))),
+    "infinity itself": lambda h: jnp.where(h != 0, h, jnp.inf),
     "a mean of numbers": lambda h: jnp.nanmean(jnp.where(h == 0, jnp.nan, h), 0),
     # By a derivative rule.
     "a rule of tangents": with_a_tangent,
@@ -132,6 +134,12 @@ GUARDED = {
     "a sum of some rows": lambda h: jax.nn.softmax(jnp.where(EVEN_ROWS, h, -jnp.inf), 0),
     "rows joined with data": lambda h: jnp.log(jnp.concatenate([jnp.exp(h), X @ np.zeros((3, 6)) + 1], 0)),
     "a logarithm of its own": lambda h: jax.scipy.special.logit(sigmoid(h)),
+    "infinite, and finite again": lambda h: jnp.exp(jnp.where(h != 0, h, -jnp.inf)),
+    "infinite, and above zero": lambda h: jnp.maximum(jnp.where(h != 0, h, -jnp.inf), 0.0),
+    "the largest of some, if any": lambda h: (lambda m: jnp.where(jnp.isfinite(m), h - m, h))(
+        jnp.where(h > 0, h, -jnp.inf).max(0)
+    ),
+    "one over infinity": lambda h: jnp.cos(1 / (1 + jnp.where(h == 0, jnp.inf, h * h))),
     "above nothing": lambda h: jnp.maximum(jnp.where(jnp.isinf(h), 0.0, h), -jnp.inf),
     "a number for what is none": lambda h: jnp.nan_to_num(jnp.where(jnp.isnan(h), 0.0, h)),
     "an entropy": lambda h: -sigmoid(h) * jnp.log(sigmoid(h)),
@@ -181,6 +189,22 @@ def test_what_is_guarded_against_zero_leaves(name):
     groups = ca.find_groups(network(GUARDED[name]), VARIABLES, X, strict=True)
     assert groups.units == 6
     assert max(law_errors(network(GUARDED[name]), VARIABLES, X, keep=KEEP, groups=groups)) <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_what_overflows_is_infinite(dtype):
+    """For the dense network it is small, for a dead channel too large for its dtype."""
+
+    def apply(v, x):
+        return (
+            jnp.exp(100 - 60 * (1 + 0.1 * jnp.tanh(x @ v["a"]) ** 2) * jnp.sign(jnp.abs(x @ v["a"]))) @ v["b"]
+        )
+
+    cast = jax.tree.map(lambda x: jnp.asarray(x, dtype), (VARIABLES, X))
+    units = ca.find_groups(apply, *cast).units
+    dead = jax.tree.map(lambda x: jnp.asarray(x, dtype), masked(KEEP))
+    assert units == (6 if np.isfinite(apply(dead, cast[1])).all() else 0)
+    assert units == (6 if dtype == jnp.float64 else 0)
 
 
 def test_random_functions():

@@ -13,11 +13,17 @@ class Dead:
 
     Attributes:
       zero: whether all of them are exactly zero, and stay so when what made them changes a little.
-      values: numbers that some of them become, as far as the trace shows. There may be others.
+      values: numbers that some of them become, as far as the trace shows, infinities included. There may be
+        others.
     """
 
     zero: bool
     values: frozenset[float]
+
+    @property
+    def infinite(self) -> bool:
+        """Whether some of them become infinite."""
+        return any(map(math.isinf, self.values))
 
 
 ZERO = Dead(True, frozenset({0.0}))
@@ -25,7 +31,7 @@ BLANK = Dead(True, frozenset())
 """Zero, but not because anything left: the dense network's are, too."""
 UNKNOWN = Dead(False, frozenset())
 
-# Beyond these, the largest are not followed.
+# Beyond so many, the largest finite ones are not followed.
 _FOLLOWED = 4
 
 
@@ -36,5 +42,7 @@ def one_of(cases: Iterable[Dead]) -> Dead:
 
 
 def few(values: Iterable[float]) -> frozenset[float]:
-    """The values that are worth following: finite ones."""
-    return frozenset(sorted(filter(math.isfinite, set(values)), key=abs)[:_FOLLOWED])
+    """The values that are worth following: the smallest ones, and infinities."""
+    values = set(values)
+    finite = sorted(filter(math.isfinite, values), key=abs)[:_FOLLOWED]
+    return frozenset([*finite, *filter(math.isinf, values)])

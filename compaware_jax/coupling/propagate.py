@@ -174,6 +174,8 @@ class _Propagation:
             for end in ends:
                 inputs[end.operand] = end.seen(self.ledger, inputs[end.operand])
             outputs = RULES[eqn.primitive].couple(self.ledger, eqn, inputs)
+            if not RULES[eqn.primitive].elementwise:
+                self._doubt_infinities(eqn, inputs, outputs)
             if ends:
                 written = np.concatenate([f.ids.ravel() for x in outputs for f in x.factors])
                 met = self.ledger.loosened[before:]
@@ -203,6 +205,13 @@ class _Propagation:
             for factor in x.factors:
                 self.ledger.fix(factor.ids, reason)
         return [_data(self.ledger, shape, reason) for shape in eqn.out_shapes]
+
+    def _doubt_infinities(self, eqn: Equation, inputs: Sequence[Tracked], outputs: Sequence[Tracked]) -> None:
+        """Mark what is infinite where it is dead, and not handed on: times zero it is no number."""
+        lost = [f for x in inputs for f in x.factors if f.dead.infinite]
+        if lost and not any(f.dead.infinite for x in outputs for f in x.factors):
+            for factor in lost:
+                self.ledger.mark_inexact(factor.ids, f"{eqn.where} meets infinity in its place")
 
     def keeps_derivatives_zero(
         self, eqn: Equation, inputs: Sequence[Tracked], outputs: Sequence[Tracked]

@@ -68,7 +68,10 @@ def _converted(eqn: Equation, numbers: Sequence[Numbers], by_what_left: Sequence
     to = eqn.out_avals[0].dtype
     if jnp.issubdtype(to, jnp.bool_):
         return [float(x != 0) for x in numbers[0]]
-    return [x if jnp.issubdtype(to, jnp.inexact) else float(int(x)) for x in numbers[0]]
+    if jnp.issubdtype(to, jnp.inexact):
+        return numbers[0]
+    # What an infinite number is as an integer is left open.
+    return [float(int(x)) for x in numbers[0] if np.isfinite(x)]
 
 
 def _inverted(eqn: Equation, numbers: Sequence[Numbers], by_what_left: Sequence[bool]) -> Sequence[float]:
@@ -105,11 +108,11 @@ if "polynomial_p" in NEWER:
 
 def _sum(a: float, b: float) -> float:
     # What cancels up to rounding cancels.
-    return 0.0 if abs(a + b) <= 1e-6 * abs(a) else a + b
+    return 0.0 if np.isfinite(a) and abs(a + b) <= 1e-6 * abs(a) else a + b
 
 
 def _bits(function: Callable[[int, int], int]) -> Callable[[float, float], float]:
-    return lambda a, b: float(function(int(a), int(b)))
+    return lambda a, b: float(function(int(a), int(b))) if np.isfinite([a, b]).all() else np.nan
 
 
 # Zero where both operands are.
@@ -130,7 +133,7 @@ for primitive, function in JOINT.items():
         crosses=True,
     )
 for primitive, function in COMPARED.items():
-    elementwise(primitive, lambda eqn, zero, uniform: False, becomes=on_numbers(function))
+    elementwise(primitive, lambda eqn, zero, uniform: False, becomes=on_numbers(function), bounds=True)
 
 
 def _product(function: Callable[[Any, Any], Any]) -> Becomes:
@@ -158,6 +161,7 @@ elementwise(
         and any(z or u == 0 for z, u in zip(zero, uniform, strict=True))
     ),
     becomes=on_numbers(np.maximum),
+    bounds=True,
 )
 elementwise(
     p.min_p,
@@ -166,6 +170,7 @@ elementwise(
         and any(z or u == 0 for z, u in zip(zero, uniform, strict=True))
     ),
     becomes=on_numbers(np.minimum),
+    bounds=True,
 )
 for primitive, function in ((p.div_p, np.divide), (p.rem_p, np.fmod)):
     elementwise(
@@ -202,7 +207,7 @@ def _chosen(eqn: Equation, zero: Sequence[bool], uniform: Sequence[float | None]
     return all(z or u == 0 for z, u in open_cases)
 
 
-elementwise(p.select_n_p, _chosen, becomes=cases)
+elementwise(p.select_n_p, _chosen, becomes=cases, bounds=True)
 elementwise(
     p.clamp_p,
     lambda eqn, zero, uniform: (
@@ -211,6 +216,7 @@ elementwise(
         and (zero[2] or (uniform[2] is not None and uniform[2] >= 0))
     ),
     becomes=on_numbers(lambda low, x, high: min(max(x, low), high)),
+    bounds=True,
 )
 for primitive in (
     p.igamma_p, p.igammac_p, p.igamma_grad_a_p, p.zeta_p, p.polygamma_p, p.regularized_incomplete_beta_p,

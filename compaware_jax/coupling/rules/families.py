@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 
@@ -38,6 +39,7 @@ def elementwise(
     finite: bool = False,
     becomes: Becomes | None = None,
     crosses: bool = False,
+    bounds: bool = False,
 ) -> None:
     """Register an element-wise primitive.
 
@@ -51,6 +53,7 @@ def elementwise(
       becomes: the function itself, on numbers (see `on_numbers`): what is dead and not zero may be a number
         at which a later function is infinite.
       crosses: whether it is zero where one operand is dead along an axis and another along another.
+      bounds: whether it makes nothing infinite, or no number, of an infinite operand and an unknown one.
     """
 
     def couple(ledger: Ledger, eqn: Equation, inputs: Sequence[Tracked]) -> list[Tracked]:
@@ -61,21 +64,19 @@ def elementwise(
         factors = []
         for axes, ids, dead in combine(ledger, [x.factors for x in inputs]):
             by_what_left, made = [d is not None and bool(d.values) for d in dead], []
-            if zero(eqn, [d is not None and d.zero for d in dead], uniform):
-                result = ZERO if any(by_what_left) else BLANK
-            elif becomes is None or not any(by_what_left):
-                result = UNKNOWN
-            else:
+            stays_zero = zero(eqn, [d is not None and d.zero for d in dead], uniform)
+            meets_infinity = any(d is not None and d.infinite for d in dead)
+            if becomes is not None and any(by_what_left) and (meets_infinity or not stays_zero):
                 numbers = [_numbers(u, d) for u, d in zip(uniform, dead, strict=True)]
                 if crosses:
                     numbers = [n or _elsewhere(ledger, x, axes) for n, x in zip(numbers, inputs, strict=True)]
-                made = list(becomes(eqn, numbers, by_what_left))
-                result = Dead(False, few(made))
-            factors.append(Factor(axes, ids, result))
+                made = represented(becomes(eqn, numbers, by_what_left), eqn.out_avals[0].dtype)
+            blank = ZERO if any(by_what_left) else BLANK
+            factors.append(Factor(axes, ids, blank if stays_zero else Dead(False, few(made))))
             if infinite and (place := _tells_apart(infinite, at, dead, uniform)) is not None:
                 ledger.mark_inexact(ids, f"{eqn.where} is singular at {f'{place:g}' if place else 'zero'}")
-            elif not all(map(math.isfinite, made)):
-                ledger.mark_inexact(ids, f"{eqn.where} makes infinity of it, or no number")
+            elif any(map(math.isnan, made)) or (meets_infinity and not (made or bounds)):
+                ledger.mark_inexact(ids, f"{eqn.where} makes no number of what is infinite without it")
         is_null = zero(eqn, [u == 0 for u in uniform], uniform)
         return [Tracked(eqn.out_shapes[0], tuple(factors), 0.0 if is_null else None)]
 
@@ -95,6 +96,17 @@ def on_numbers(function: Callable[..., Any]) -> Becomes:
         return frozenset(map(float, every))
 
     return lambda eqn, numbers, by_what_left: results(tuple(numbers))
+
+
+def represented(numbers: Iterable[float], dtype: Any) -> list[float]:
+    """Numbers as a dtype has them: infinite where they are too large for it."""
+    largest = _largest(dtype)
+    return [math.copysign(math.inf, x) if abs(x) > largest else x for x in numbers]
+
+
+@lru_cache(64)
+def _largest(dtype: Any) -> float:
+    return float(jnp.finfo(dtype).max) if jnp.issubdtype(dtype, jnp.inexact) else math.inf
 
 
 def cases(eqn: Equation, numbers: Sequence[Numbers], by_what_left: Sequence[bool]) -> Iterable[float]:
@@ -162,6 +174,7 @@ def reduction(
                     if not factor.zero:
                         count = math.prod(x.shape[a] for a in range(len(x.shape)) if a not in kept_axes)
                         numbers = [becomes(number, count) for number in factor.dead.values if becomes]
+                        numbers = represented(numbers, eqn.out_avals[0].dtype)
                         factor = replace(factor, dead=Dead(False, few(numbers)))
                     factors.append(factor.moved({a: kept_axes.index(a) for a in factor.axes}))
             results.append(Tracked(shape, tuple(factors), 0.0 if sums and x.uniform == 0 else None))
