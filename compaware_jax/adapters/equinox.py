@@ -21,12 +21,20 @@ except ImportError as error:
     ) from error
 
 from compaware_jax.adapters import equinox_loops  # noqa: F401  (registers rules)
-from compaware_jax.adapters.calls import Known, Static, hashable, split_arrays, with_updates
+from compaware_jax.adapters.calls import (
+    Known,
+    SmallCall,
+    Static,
+    hashable,
+    named_arrays,
+    split_arrays,
+    with_arrays,
+    with_updates,
+)
 from compaware_jax.adapters.rebuilt import compare
 from compaware_jax.errors import TraceError
-from compaware_jax.paths import named_leaves, path_name
 from compaware_jax.surgery.plan import Plan
-from compaware_jax.surgery.small_function import check_small, slim
+from compaware_jax.surgery.small_function import check_small
 from compaware_jax.surgery.trees import shrink
 
 
@@ -95,7 +103,9 @@ class Slimmed(eqx.Module):
 
     `model` holds the small arrays in the structure of the full module, which is what `eqx.filter_grad`,
     `eqx.partition`, `eqx.tree_serialise_leaves` and `eqx.nn.inference_mode` look at. Call the `Slimmed`,
-    not `model`. Its integers and flags are constants, as they are for `functional`.
+    not `model`. Its tables of integers and flags are constants where the plan needs their values, as it does
+    those of a permutation. Such a one may not change then: outside of `eqx.filter_jit` that is refused,
+    inside it is not seen.
     """
 
     model: eqx.Module
@@ -105,19 +115,17 @@ class Slimmed(eqx.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the slimmed function gives for one example."""
         params, rest = eqx.partition(self.model, eqx.is_inexact_array)
-        held, rest = _held(rest)
-        self.known.check(held, "Slimmed")
+        held, rest = named_arrays(rest)
         states = [i for i, x in enumerate(args) if isinstance(x, eqx.nn.State)]
         variables = params
         if states:
             arrays, other = eqx.partition(args[states[0]], eqx.is_array)
             variables = {"params": params, "state": arrays}
             args = (*args[: states[0]], other, *args[states[0] + 1 :])
-        held = {name: x for name, x in held.items() if name not in self.known.arrays}
-        arrays, static = split_arrays((rest, held, args, kwargs))
+        arrays, static = split_arrays((rest, args, kwargs))
         place = states[0] if states else None
         build = _cached if hashable(static) else _small_call
-        return build(static, place, self.plan, self.known)(variables, *arrays)
+        return build(static, place, self.plan, self.known)(variables, held, arrays)
 
 
 def slimmed(model: Any, plan: Plan, state: eqx.nn.State | None = None, *, variables: Any = None) -> Any:
@@ -182,13 +190,7 @@ def smaller(
 
 
 def _slimmed(small: Any, plan: Plan) -> Slimmed:
-    return Slimmed(small, plan, Known.of(_held(eqx.partition(small, eqx.is_inexact_array)[1])[0]))
-
-
-def _held(rest: Any) -> tuple[dict[str, Any], Any]:
-    """The arrays by their paths in what is no floating-point array of a module; and that without them."""
-    arrays, other = eqx.partition(rest, eqx.is_array)
-    return dict(named_leaves(arrays)), other
+    return Slimmed(small, plan, Known.of(named_arrays(eqx.partition(small, eqx.is_inexact_array)[1])[0]))
 
 
 def _check(model: Any, caller: str) -> None:
@@ -212,24 +214,19 @@ def _with_small_arrays(model: Any, plan: Plan, state: Any, small: Any, caller: s
     return eqx.combine(small["params"], rest), eqx.combine(small["state"], other)
 
 
-def _small_call(static: Static, place: int | None, plan: Plan, known: Known) -> Callable[..., Any]:
+def _small_call(static: Static, place: int | None, plan: Plan, known: Known) -> SmallCall:
     """The slimmed call of a module whose state, if any, is the argument at a place."""
 
-    def call(variables: Any, *arrays: Any) -> Any:
-        rest, held, args, kwargs = static.join(list(arrays))
-        held = {**held, **known.arrays}
-        rest = jax.tree.map_with_path(
-            lambda path, x: held.get(path_name(path), x), rest, is_leaf=lambda x: x is None
-        )
+    def call(variables: Any, held: dict[str, Any], arrays: list[Any]) -> Any:
+        rest, args, kwargs = static.join(arrays)
+        rest = with_arrays(rest, held)
         params = variables
         if place is not None:
             params = variables["params"]
             args = (*args[:place], eqx.combine(variables["state"], args[place]), *args[place + 1 :])
         return eqx.combine(params, rest)(*args, **kwargs)
 
-    if place is not None:
-        plan = with_updates(plan, "state")
-    return slim(call, plan)
+    return SmallCall(call, [plan] if place is None else with_updates(plan, "state"), known)
 
 
 _cached = lru_cache(maxsize=64)(_small_call)

@@ -10,14 +10,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from compaware_jax.adapters.calls import Known, Static, hashable, split_arrays, with_updates
+from compaware_jax.adapters.calls import (
+    Known,
+    SmallCall,
+    Static,
+    hashable,
+    named_arrays,
+    split_arrays,
+    with_arrays,
+    with_updates,
+)
 from compaware_jax.adapters.nnx_layers import update_attributes
 from compaware_jax.adapters.rebuilt import compare
 from compaware_jax.coupling.program import is_smooth
 from compaware_jax.errors import PlanError, TraceError
-from compaware_jax.paths import named_leaves, path_name
+from compaware_jax.paths import named_leaves
 from compaware_jax.surgery.plan import Plan
-from compaware_jax.surgery.small_function import check_small, slim
+from compaware_jax.surgery.small_function import check_small
 from compaware_jax.surgery.trees import shrink
 
 
@@ -82,21 +91,23 @@ class Slimmed(nnx.Module):
 
     `model` holds the small arrays in the structure of the full module, which is what `nnx.state`,
     `nnx.Optimizer`, `train()` and `eval()` look at. Its layers keep the attributes of the full module, at
-    whose shapes the code is traced; call the `Slimmed`, not `model`. What `functional` closes over is
-    constant here as well, unless it is the state of random number generators or changes in a call.
+    whose shapes the code is traced; call the `Slimmed`, not `model`. Tables of integers and flags are
+    constants where the plan needs their values, as it does those of a permutation. Such a one may not change
+    then: outside of `nnx.jit` that is refused, inside it is not seen.
     """
 
     def __init__(self, model: nnx.Module, plan: Plan):
         self.model = model
         self.plan = plan
-        held = _split(model, "slimmed")[2]
+        held, _ = named_arrays(_split(model, "slimmed")[2])
         streams = {path for path, _ in named_leaves(nnx.to_pure_dict(nnx.state(model, nnx.RngState)))}
-        self.known = Known.of({path: x for path, x in named_leaves(held) if path not in streams})
+        self.known = Known.of({path: x for path, x in held.items() if path not in streams})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the slimmed function gives; updates of the state (BatchNorm, RNG) are written back."""
         graphdef, variables, held = _split(self.model, "Slimmed")
-        arrays, static = split_arrays((args, kwargs))
+        held, rest = named_arrays(held)
+        arrays, static = split_arrays((rest, args, kwargs))
         build = _cached if hashable(graphdef, static) else _small_call
         try:
             output, changed = build(graphdef, static, self.plan, self.known)(variables, held, arrays)
@@ -212,15 +223,12 @@ def _with_small_arrays(model: Any, plan: Plan, small: Any, caller: str) -> Any:
     return nnx.merge(graphdef, small, held)
 
 
-def _small_call(graphdef: Any, static: Static, plan: Plan, known: Known) -> Callable[..., Any]:
+def _small_call(graphdef: Any, static: Static, plan: Plan, known: Known) -> SmallCall:
     """The slimmed call of a module: the output, and the variables that the call changed."""
-    constants = dict(known.arrays)
 
-    def call(variables: Any, held: Any, arrays: list[Any]) -> tuple[Any, dict[Any, Any]]:
-        args, kwargs = static.join(arrays)
-        whole = jax.tree.map_with_path(
-            lambda path, x: constants.get(path_name(path), x), held, is_leaf=lambda x: x is None
-        )
+    def call(variables: Any, held: dict[str, Any], arrays: list[Any]) -> tuple[Any, dict[Any, Any]]:
+        rest, args, kwargs = static.join(arrays)
+        whole = with_arrays(rest, held)
         model = nnx.merge(graphdef, variables, whole)
         before = {path: id(leaf) for tree in (variables, whole) for path, leaf in named_leaves(tree)}
         output = model(*args, **kwargs)
@@ -234,21 +242,9 @@ def _small_call(graphdef: Any, static: Static, plan: Plan, known: Known) -> Call
                     changed[path] = leaf
         return output, nnx.traversals.unflatten_mapping(changed)
 
-    small = slim(call, with_updates(plan, ""))
-
-    def run(variables: Any, held: Any, arrays: list[Any]) -> tuple[Any, dict[Any, Any]]:
-        known.check({path: x for path, x in named_leaves(held) if path in constants}, "Slimmed")
-        unknown = jax.tree.map_with_path(lambda path, x: None if path_name(path) in constants else x, held)
-        output, changed = small(variables, unknown, arrays)
-        counters = {path for path, _ in named_leaves(changed)} & constants.keys()
-        if not counters:
-            return output, changed
-        # What a call changes is no constant.
-        for path in counters:
-            del constants[path]
-        return run(variables, held, arrays)
-
-    return run
+    return SmallCall(
+        call, with_updates(plan, ""), known, lambda output: {path for path, _ in named_leaves(output[1])}
+    )
 
 
 _cached = lru_cache(maxsize=64)(_small_call)

@@ -314,11 +314,12 @@ class Held(nnx.Module):
         self.codes = nnx.Param(jnp.arange(-32, 32, dtype=jnp.int8).reshape(8, 8))
         self.scale = nnx.Param(jnp.linspace(0.1, 0.2, 8))
         self.order = nnx.Variable(jnp.array([3, 1, 0, 2, 7, 6, 5, 4]))
-        self.mask = jnp.arange(16).reshape(8, 2) % 3 > 0
-        self.calls = nnx.Variable(jnp.array(0))
+        self.mask = np.arange(16).reshape(8, 2) % 3 > 0
+        self.calls, self.counts = nnx.Variable(jnp.array(0)), True
 
-    def __call__(self, x):
-        self.calls[...] += 1
+    def __call__(self, x, unused=None):
+        if self.counts:
+            self.calls[...] += 1
         hidden = nnx.relu(self.first(x))[..., self.order[...]]
         hidden = jnp.tanh(hidden @ self.codes[...].astype(x.dtype)) * self.scale
         return hidden @ (self.last.kernel[...] * self.mask) + self.calls[...].astype(x.dtype)
@@ -340,9 +341,46 @@ def test_integers_and_flags_of_a_module(x64):
     assert int(small.model.calls[...]) == 2
     wrt = nnx.DiffState(0, nnx.All(nnx.Param, nnx.Not(nnx.PathContains("codes"))))
     assert jax.tree.leaves(nnx.grad(lambda m: (m(x) ** 2).sum(), argnums=wrt)(small))
-    small.model.mask = ~small.model.mask
-    with pytest.raises(PlanError, match="Slimmed: `mask` has other values than when `slimmed` was called"):
+    assert int(small.model.calls[...]) == 3
+    assert distance(small(x, jnp.ones(1)), expected + 3) <= TIGHT
+    assert distance(nnx.clone(small)(x), expected + 4) <= TIGHT
+    small.set_attributes(counts=False)
+    for call in (nnx.jit(lambda m, x: m(x)), lambda m, x: m(x)):
+        assert distance(call(small, x), expected + 3) <= TIGHT
+    small.model.order[...] = small.model.order[...][::-1]
+    with pytest.raises(PlanError, match="Slimmed: `order` has other values than when `slimmed` was called"):
         small(x)
+    abstract = adapter.slimmed(nnx.eval_shape(lambda: Held(nnx.Rngs(0))), plan)
+    assert abstract.model.codes.shape == small.model.codes.shape
+
+
+def test_outputs_beside_updates():
+    """Released, and with the updates among them, not behind them."""
+    rngs = nnx.Rngs(0)
+    first, norm, last = nnx.Linear(3, 6, rngs=rngs), nnx.BatchNorm(6, rngs=rngs), nnx.Linear(6, 2, rngs=rngs)
+
+    class Two(nnx.Module):
+        def __init__(self):
+            self.first, self.norm, self.last = first, norm, last
+
+        def __call__(self, x):
+            latent = self.norm(self.first(x))
+            return {"latent": latent, "y": self.last(latent)}
+
+    training, variables = adapter.functional(Two(), updates=True)
+
+    def apply(variables, x):
+        output, new = training(variables, x)
+        return {**output, "new": new}
+
+    x = jnp.asarray(images(4, 3), jnp.float32)
+    groups = ca.find_groups(
+        apply, variables, x, released=("latent",), state_outputs={"new": ""}, boundary=True
+    )
+    plan = ca.plan_units(groups, random_units(groups))
+    expected = ca.slim(apply, plan)(ca.shrink(variables, plan), x)
+    got = adapter.slimmed(Two(), plan)(x)
+    assert distance(got, {name: expected[name] for name in ("latent", "y")}) <= 1e-5
 
 
 def test_a_cache_is_a_variable():

@@ -69,7 +69,7 @@ def _converted(eqn: Equation, numbers: Sequence[Numbers], by_what_left: Sequence
     if jnp.issubdtype(to, jnp.bool_):
         return [float(x != 0) for x in numbers[0]]
     if jnp.issubdtype(to, jnp.inexact):
-        return numbers[0]
+        return list(numbers[0])
     # What an infinite number is as an integer is left open.
     return [float(int(x)) for x in numbers[0] if np.isfinite(x)]
 
