@@ -17,6 +17,7 @@ from compaware_jax.importance import l2
 from compaware_jax.search.coefficients import Score, SearchMethod
 from compaware_jax.search.find import Found, describe_search, problem_of, run_search
 from compaware_jax.search.request import check_request
+from compaware_jax.settings import whole_number
 from compaware_jax.surgery.plan import Plan, component_table
 from compaware_jax.surgery.small_function import Uncut, checked_work, costs_left, slim
 from compaware_jax.surgery.trees import shrink
@@ -24,7 +25,7 @@ from compaware_jax.tables import text_table
 from compaware_jax.training.checks import checked_rate, optimizer_mark
 from compaware_jax.training.criteria import Apply, Criterion, Verdict, measure
 from compaware_jax.training.fit import tuned
-from compaware_jax.training.loop import folder_of, whole_number
+from compaware_jax.training.loop import folder_of
 from compaware_jax.training.objective import Batches, Loss
 
 

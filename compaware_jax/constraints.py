@@ -171,11 +171,10 @@ def _matching(groups: Groups, pattern: str, what: str) -> list[int]:
         lambda group: [f"{path}[{axis}]" for path, axis, _ in group.axes],
     )
     found: list[int] = []
-    for reading in readings:
+    # A name with brackets is a name, whatever it is as a pattern.
+    for fits, reading in itertools.product((operator.eq, fnmatchcase), readings):
         found = found or [
-            g
-            for g, group in enumerate(groups.groups)
-            if any(text == pattern or fnmatchcase(text, pattern) for text in reading(group))
+            g for g, group in enumerate(groups.groups) if any(fits(text, pattern) for text in reading(group))
         ]
     if not found:
         raise BudgetError(

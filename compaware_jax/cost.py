@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Num
 from compaware_jax.coupling.groups import Groups
 from compaware_jax.coupling.work import work_of
 from compaware_jax.errors import BudgetError
+from compaware_jax.settings import real_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,10 +238,10 @@ def check_budget(budget: Any) -> None:
 
 
 def _number(cost: str, fraction: Any) -> float:
-    given = np.asarray(fraction)
-    if given.ndim or given.dtype.kind not in "iuf":
+    number = real_number(fraction)
+    if number is None:
         raise BudgetError(f"Budget: the fraction of {cost} is {fraction!r}, expected a number in (0, 1].")
-    return float(given)
+    return number
 
 
 def params(fraction: Any) -> Budget:

@@ -28,10 +28,15 @@ def mask(groups: Groups, gates: Num[ArrayLike, " units"], variables: Any) -> Any
       A pytree like `variables`; axes that no unit reaches have size 1 in it, so it broadcasts.
 
     Raises:
-      PlanError: there is not one gate per unit.
+      PlanError: there is not one gate per unit, or the variables have other leaves.
     """
     check_groups(groups)
     gates = _per_unit(groups, gates, jnp)
+    if (count := jax.tree.structure(variables).num_leaves) != len(groups.leaves):
+        raise PlanError(
+            f"mask: the variables have {count} leaves, expected {len(groups.leaves)}. Pass those that the "
+            "groups were found for."
+        )
     leaves = [_outer(axes, gates, jnp) for axes in groups.units_of]
     return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
@@ -101,6 +102,12 @@ def struct_of(array: Any, dtype: Any, shape: Sequence[int] | None = None) -> jax
 def is_weak(array: Any) -> bool:
     """Whether an array, or an abstract one, gives way to the dtypes that it meets."""
     return getattr(array, "weak_type", False)
+
+
+def weakened(array: jax.Array) -> jax.Array:
+    """The same array, giving way to the dtypes that it meets."""
+    weak = jnp.full(array.shape, array.dtype.type(0).item())
+    return weak.at[...].set(array) if weak.dtype == array.dtype else array
 
 
 def _addressable(array: Any) -> bool:

@@ -29,6 +29,7 @@ from compaware_jax.search.request import (
     checked_search,
 )
 from compaware_jax.search.select import keep_units, round_counts
+from compaware_jax.settings import whole_number
 from compaware_jax.surgery.plan import Plan, plan_units
 from compaware_jax.surgery.small_function import checked_work, costs_left
 from compaware_jax.surgery.trees import shrink
@@ -36,7 +37,7 @@ from compaware_jax.tables import text_table
 from compaware_jax.training.checks import checked_rate, not_finite, optimizer_mark
 from compaware_jax.training.criteria import Apply, Criterion, Verdict, checked_criteria
 from compaware_jax.training.fit import FitState, adam_cosine, fit_step
-from compaware_jax.training.loop import run_steps, whole_number
+from compaware_jax.training.loop import run_steps
 from compaware_jax.training.objective import Batches, Loss
 
 _LOG = logging.getLogger(__name__)

@@ -236,6 +236,9 @@ def test_a_metric_of_less_than_the_default_precision(dtype, x64):
         assert criterion.keeps(read)
     above = ca.at_most("share", share, 0.099)
     assert not above.keeps(measure([above], tasks.apply, None, None)["share"])
+    for threshold, metric, make in ((7e4, jnp.inf, ca.at_most), (1e-9, 0.0, ca.at_least)):
+        far = make("far", lambda *_, metric=metric: jnp.float16(metric), threshold)
+        assert not far.keeps(measure([far], tasks.apply, None, None)["far"])
     whole = ca.at_least("count", lambda *_: jnp.int32(0), 0.5)
     assert not whole.keeps(measure([whole], tasks.apply, None, None)["count"])
 

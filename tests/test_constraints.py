@@ -247,6 +247,12 @@ def test_names_with_brackets_are_names():
     assert [group.name for group in groups.groups] == ["w[0]", "w"]
     assert ca.constrain(groups, whole="w[0]").floors.tolist() == [6, 1]
     assert ca.constrain(groups, whole="b[0]").floors.tolist() == [1, 5]
+    variables = {"w": jnp.ones((3, 6)), "w1": jnp.ones((6, 5)), "b": jnp.ones((5, 2))}
+    groups = ca.find_groups(
+        lambda v, x: jnp.tanh(jnp.tanh(x @ v["w"]) @ v["w1"]) @ v["b"], variables, jnp.ones((1, 3))
+    )
+    assert ca.constrain(groups, whole="w[1]").floors.tolist() == [6, 1]
+    assert ca.constrain(groups, whole="w[12]").floors.tolist() == [1, 5]
 
 
 def test_demands_add_up(groups):

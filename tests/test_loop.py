@@ -145,6 +145,29 @@ def test_ctrl_c_during_a_save(tmp_path, ctrl_c, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["2"]
 
 
+def test_ctrl_c_after_the_last_chunk(tmp_path, ctrl_c, monkeypatch):
+    """It is not swallowed, or whatever comes next would begin."""
+    close = loop.Interruption.__exit__
+
+    def late(self, *error):
+        ctrl_c()
+        close(self, *error)
+
+    monkeypatch.setattr(loop.Interruption, "__exit__", late)
+    with pytest.raises(KeyboardInterrupt):
+        run(40, chunk=5, directory=tmp_path)
+    assert "8" in [p.name for p in tmp_path.iterdir()]
+
+
+def test_weak_types_stay(tmp_path):
+    def doubled(state, index):
+        return {"s": state["s"] * jnp.float32(2), "x": state["x"]}, {}
+
+    given = {"s": jnp.array(1.0), "x": jnp.ones(2)}
+    state, _ = run_steps(doubled, given, 3, label="test", directory=tmp_path, progress=False)
+    assert (float(state["s"]), state["s"].weak_type, state["x"].weak_type) == (8.0, True, False)
+
+
 def test_a_second_ctrl_c_is_not_held_back(tmp_path, ctrl_c):
     def twice(state):
         ctrl_c()

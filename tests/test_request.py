@@ -20,7 +20,7 @@ from compaware_jax.errors import (
     TraceError,
 )
 from compaware_jax.importance import l2
-from compaware_jax.training.checks import checked_number
+from compaware_jax.settings import checked_number
 from compaware_jax.training.objective import constrained, no_pressure
 from tests import tasks
 
@@ -293,6 +293,7 @@ def test_trees_of_another_kind(task):
     )
     for error, message, call in (
         (RequestError, groups_wanted, lambda: inspect.unwrap(ca.mask)(gates, groups, variables)),
+        (PlanError, "mask: the variables have 1 leaves", lambda: ca.mask(groups, jnp.asarray(gates), other)),
         (RequestError, groups_wanted, lambda: apply_mask(variables, groups, gates)),
         (PlanError, leaves_wanted, lambda: apply_mask(groups, variables, gates)),
         (PlanError, leaves_wanted, lambda: apply_mask(groups, gates, other)),

@@ -114,6 +114,17 @@ def test_trees_that_hold_more_are_refused(cut):
         ca.shrink(more, plan)
 
 
+def test_holes_alone_are_nothing(cut):
+    *_, plan = cut
+    variables = cut[1]
+    for tree in (None, {"x": jnp.ones(7), "n": None}, dict.fromkeys(variables)):
+        with pytest.raises(PlanError, match="no sub-tree has the leaves of the plan"):
+            ca.shrink(tree, plan)
+    first, *_ = variables
+    with pytest.raises(PlanError, match=r"beside the leaves of the plan.*'head'.*does not know"):
+        ca.shrink([variables, {**variables, first: None, "head": jnp.ones(3)}], plan)
+
+
 def test_collections_that_hold_more_are_refused():
     def apply(v, x):
         return jnp.tanh(x @ v["params"]["a"] + v["state"]["mean"]) @ v["params"]["b"]

@@ -175,6 +175,15 @@ def test_gradients_of_integers_are_not_looked_at(variables):
     assert np.isfinite(importance.taylor2(groups, value, variables)).all()
 
 
+def test_sums_over_trees_of_flags(variables):
+    """What counts is told by the variables, not by what is summed over their places."""
+    groups = ca.find_groups(apply, variables, X[:1])
+    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), variables)
+    flags = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), variables)
+    np.testing.assert_array_equal(importance.unit_sum(groups, flags), importance.unit_sum(groups, ones))
+    assert (np.asarray(importance.unit_sum(groups, ones)) > 0).all()
+
+
 @pytest.mark.parametrize("score", [importance.l1, importance.l2, importance.lamp, importance.fpgm])
 def test_magnitudes_are_of_weights(variables, score):
     """Codes, counters and flags rank nothing beside floats, and only where there is nothing else."""

@@ -14,7 +14,7 @@ from compaware_jax.coupling.propagate import analyse
 from compaware_jax.coupling.trace import trace
 from compaware_jax.errors import RequestError, TraceError
 from compaware_jax.garbage import uncollected
-from compaware_jax.paths import as_names
+from compaware_jax.settings import as_names
 
 
 @uncollected()

@@ -199,11 +199,15 @@ class Groups:
         return np.ones_like(self.sizes) if self.limits is None else self.limits.step
 
     @property
+    def smooth(self) -> list[bool]:
+        """Which leaves have a gradient: those that hold no integers or flags."""
+        program = self.analysis.program
+        return [is_smooth(program.avals[value]) for value in program.leaf_values]
+
+    @property
     def trained(self) -> np.ndarray:
         """Which groups hold anything that a gradient trains, boolean of shape (groups,)."""
-        program = self.analysis.program
-        values = zip(self.leaves, program.leaf_values, strict=True)
-        paths = {leaf.path for leaf, value in values if is_smooth(program.avals[value])}
+        paths = {leaf.path for leaf, smooth in zip(self.leaves, self.smooth, strict=True) if smooth}
         return np.array([any(path in paths for path, *_ in group.axes) for group in self.groups], bool)
 
     def below(self, counts: np.ndarray) -> np.ndarray:

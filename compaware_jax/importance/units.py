@@ -48,13 +48,13 @@ def as_numbers(array: Any) -> jax.Array:
 
 
 def counted(groups: Groups, tree: Any) -> list[tuple[Any, list[np.ndarray]]]:
-    """The leaves of a tree and per axis the units that they count for; see `unit_sum`."""
+    """The leaves of a tree like the variables, and per axis the units that they count for; see `unit_sum`."""
     leaves = leaves_like(groups, tree, "importance")
     pairs = list(zip(leaves, map(list, groups.units_of), strict=True))
-    if not all(is_smooth(leaf) for leaf, _ in pairs):
+    if not all(groups.smooth):
         beside_weights = np.append(groups.trained[groups.group_of_unit], False)
-        for leaf, axes in pairs:
-            if not is_smooth(leaf):
+        for (_, axes), smooth in zip(pairs, groups.smooth, strict=True):
+            if not smooth:
                 axes[:] = [np.where(beside_weights[units], -1, units) for units in axes]
     return pairs
 

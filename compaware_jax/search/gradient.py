@@ -14,8 +14,8 @@ from compaware_jax.cost import Cost
 from compaware_jax.importance import ranks
 from compaware_jax.masks import apply_mask
 from compaware_jax.search.coefficients import Problem, Search, on_budget, soft_gates
-from compaware_jax.training.checks import checked_number, checked_rate
-from compaware_jax.training.loop import whole_number
+from compaware_jax.settings import checked_number, whole_number
+from compaware_jax.training.checks import checked_rate
 from compaware_jax.training.objective import Pressure, constrained, followed, no_pressure, updated
 from compaware_jax.training.trained import descended, trained_part, value_and_gradients
 

@@ -14,9 +14,9 @@ from compaware_jax.errors import RequestError
 from compaware_jax.importance import ranks
 from compaware_jax.masks import apply_mask
 from compaware_jax.search.coefficients import Problem, Search, on_budget, soft_gates
+from compaware_jax.settings import whole_number
 from compaware_jax.training.checks import checked_rate
 from compaware_jax.training.fit import adam_cosine, fit_step
-from compaware_jax.training.loop import whole_number
 
 MOST_POINTS = 100_000
 

@@ -44,14 +44,15 @@ def describe_request(
 
 
 def _settings(method: SearchMethod, problem: Problem, variables: Any) -> Any:
-    """The settings of a search; where it does not show them, a hash of its first step and their number."""
+    """The settings of a search; where it does not show them, a hash of its program and its steps."""
     if is_dataclass(method):
         return asdict(method)  # pyright: ignore[reportArgumentType]
     search = method.build(problem)
 
     def first(variables: Any) -> Any:
         state = search.init(variables, jnp.float32(0.5), jax.random.key(0), jnp.int32(0))
-        return search.step(state, jnp.int32(0))
+        state, info = search.step(state, jnp.int32(0))
+        return state, info, search.coefficients(state), search.variables(state)
 
     return [program_mark(first, variables)[0], search.steps]
 

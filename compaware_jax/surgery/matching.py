@@ -125,8 +125,8 @@ def _match(node: Any, plan: Plan, templates: list[list[_Place]], caller: str) ->
             wrong += others
             if not others:
                 fits.append([place.position for place in places])
-        elif len(leaves) > len(template) and not _in_parts(template):
-            _refuse_more(template, dict(leaves), plan, caller)
+        elif not _in_parts(template):
+            _refuse_more(template, dict(leaves), holes, plan, caller)
     if not fits:
         _refuse_shapes(wrong, plan, caller)
         return None
@@ -154,9 +154,13 @@ def _present(
         if place.path == following:
             places.append(place)
             following = next(left, None)
-        elif not any(hole in ("", place.path) or place.path.startswith(f"{hole}/") for hole in holes):
+        elif not _is_left_out(place, holes):
             return None
-    return places if following is None and (places or len(holes) == len(template)) else None
+    return places if following is None and places else None
+
+
+def _is_left_out(place: _Place, holes: list[str]) -> bool:
+    return any(hole in ("", place.path) or place.path.startswith(f"{hole}/") for hole in holes)
 
 
 def _in_parts(template: list[_Place]) -> bool:
@@ -164,9 +168,14 @@ def _in_parts(template: list[_Place]) -> bool:
     return all(place.path.split("/")[0] in COLLECTIONS for place in template)
 
 
-def _refuse_more(template: list[_Place], leaves: Mapping[str, Any], plan: Plan, caller: str) -> None:
-    if all(leaves.get(place.path) == place.shape for place in template):
-        more = sorted(leaves.keys() - {place.path for place in template})
+def _refuse_more(
+    template: list[_Place], leaves: Mapping[str, Any], holes: list[str], plan: Plan, caller: str
+) -> None:
+    more = sorted(leaves.keys() - {place.path for place in template})
+    if not more or len(more) == len(leaves):
+        return
+    there = (leaves.get(place.path) == place.shape or _is_left_out(place, holes) for place in template)
+    if all(there):
         raise PlanError(
             f"{caller}: beside the leaves of the plan (fingerprint {plan.fingerprint}) there are "
             f"{more[:3]}, which it does not know. Find the groups again, for all variables; or pass those "
@@ -174,9 +183,13 @@ def _refuse_more(template: list[_Place], leaves: Mapping[str, Any], plan: Plan, 
         )
 
 
+def _is_cut(plan: Plan, place: _Place) -> bool:
+    return any(index is not None for index in plan.kept[place.position])
+
+
 def _refuse_shapes(wrong: list[tuple[_Place, tuple[int, ...]]], plan: Plan, caller: str) -> None:
     for place, got in wrong:
-        if place.path and np.prod(got) > 1 and any(plan.kept[place.position]):
+        if place.path and np.prod(got) > 1 and _is_cut(plan, place):
             raise PlanError(
                 f"{caller}: `{place.path}` has shape {got} under the names of the plan (fingerprint "
                 f"{plan.fingerprint}), expected {place.shape}. Pass variables of the model that the plan was "

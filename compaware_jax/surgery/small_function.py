@@ -22,8 +22,9 @@ from compaware_jax.coupling.trace import flatten, trace
 from compaware_jax.coupling.work import contraction_flops, each_equation, flops_of
 from compaware_jax.errors import PlanError
 from compaware_jax.garbage import uncollected
-from compaware_jax.paths import as_names, named_leaves
+from compaware_jax.paths import named_leaves
 from compaware_jax.placement import sharding_in_type, struct_of
+from compaware_jax.settings import as_names
 from compaware_jax.surgery.plan import Plan
 from compaware_jax.surgery.slimming import run_small, wider_on_shapes
 from compaware_jax.surgery.widths import Wider

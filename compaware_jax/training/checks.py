@@ -16,6 +16,7 @@ from compaware_jax.coupling.program import is_smooth
 from compaware_jax.coupling.trace import flatten, trace
 from compaware_jax.errors import CompawareError, CriterionError, RequestError, TraceError, gist
 from compaware_jax.paths import named_leaves
+from compaware_jax.settings import real_number
 from compaware_jax.training.criteria import Criterion
 from compaware_jax.training.loop import digest
 from compaware_jax.training.objective import Batches, Loss, trainable, updated, value_and_updates
@@ -46,34 +47,13 @@ def check_functions(apply: Any, loss: Any, batches: Any) -> None:
     check_function(apply, None, "apply")
 
 
-def checked_number(value: Any, name: str, *, most: float = np.inf) -> float:
-    """A setting as a number, from zero to `most`.
-
-    Raises:
-      RequestError: it is none.
-    """
-    number = _number(value)
-    if number is None or not (0 <= number <= most) or number == np.inf:
-        expected = "zero or above" if most == np.inf else f"from 0 to {most:g}"
-        raise RequestError(f"{name}={value!r}, expected a finite number, {expected}.")
-    return number
-
-
-def _number(value: Any) -> float | None:
-    """What holds one real number, as that; None for anything else."""
-    if not isinstance(value, (int, float, np.number, np.ndarray, jax.Array)):
-        return None
-    array = np.asarray(value)
-    return float(array) if array.shape == () and array.dtype.kind in "iuf" else None
-
-
 def checked_rate(rate: Any, name: str, *, zero: bool = False) -> float:
     """A learning rate as a number; zero, which trains nothing, only where that is allowed.
 
     Raises:
       RequestError: it is none, or not above zero.
     """
-    number = _number(rate)
+    number = real_number(rate)
     if number is None or not (0 < number < np.inf or (zero and number == 0)):
         least = "zero or above" if zero else "above zero"
         raise RequestError(
@@ -96,6 +76,7 @@ def optimizer_mark(optimizer: Any, variables: Any, caller: str) -> str | None:
             f"{caller}: optimizer={optimizer!r}, expected an optax.GradientTransformation, such as "
             "optax.adamw(1e-3); optax.MultiSteps has gradient_transformation()."
         )
+    check_trainable(variables, caller)
 
     def first(part: Any) -> Any:
         state = optimizer.init(part)
@@ -297,7 +278,7 @@ def _check_number(value: Any, name: str, kind: type[CompawareError]) -> None:
     if shape != ():
         got = f"is a {type(value).__name__}" if shape is None else f"has shape {shape}"
         raise kind(f"{name} {got}, expected a scalar: one number, such as a mean over the batch.")
-    if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+    if not any(jnp.issubdtype(value.dtype, real) for real in (jnp.floating, jnp.integer, jnp.bool_)):
         raise kind(f"{name} is of {value.dtype}, expected a real number, such as an absolute value.")
 
 

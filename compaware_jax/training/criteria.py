@@ -51,16 +51,21 @@ class Criterion:
         In float32, a tenth is more than 0.1.
         """
         value = np.asarray(value)
-        close = jnp.issubdtype(value.dtype, jnp.floating) and value == value.dtype.type(self.threshold)
-        return self.threshold if close else float(value)
+        if jnp.issubdtype(value.dtype, jnp.floating):
+            with np.errstate(over="ignore"):
+                threshold = value.dtype.type(self.threshold)
+            # A threshold that is too large or too small for the metric is none of its values.
+            if value == threshold and np.isfinite(threshold) and bool(threshold) == bool(self.threshold):
+                return self.threshold
+        return float(value)
 
     def keeps(self, value: float) -> bool:
         """Whether a value keeps the criterion; one that is not a number does not.
 
-        Both are taken in JAX's default precision; `reading` is of the metric's.
+        It is read in JAX's default precision; `reading` is in the metric's.
         """
-        measured, threshold = np.asarray([value, self.threshold], jnp.result_type(float))
-        return bool(measured >= threshold if self.above else measured <= threshold)
+        value = self.reading(np.asarray(value, jnp.result_type(float)))
+        return value >= self.threshold if self.above else value <= self.threshold
 
     def excess(self, value: Array) -> Array:
         """How far a value is on the wrong side of the threshold, in the metric's unit; else negative."""

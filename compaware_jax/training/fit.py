@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from compaware_jax.errors import DivergenceError, RequestError
+from compaware_jax.settings import whole_number
 from compaware_jax.training.checks import (
     check_batches,
     check_functions,
@@ -24,7 +25,7 @@ from compaware_jax.training.checks import (
     optimizer_mark,
 )
 from compaware_jax.training.criteria import Apply, Criterion, checked_criteria
-from compaware_jax.training.loop import digest, run_steps, whole_number
+from compaware_jax.training.loop import digest, run_steps
 from compaware_jax.training.objective import (
     Batches,
     Loss,

@@ -49,3 +49,5 @@ class Interruption:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        if self.came and kind is None:
+            raise KeyboardInterrupt

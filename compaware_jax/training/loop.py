@@ -19,6 +19,8 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from compaware_jax.errors import CheckpointError, RequestError, gist
+from compaware_jax.placement import is_weak, weakened
+from compaware_jax.settings import whole_number
 from compaware_jax.training.interruption import Interruption
 
 Step = Callable[[Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
@@ -68,6 +70,7 @@ def run_steps(
       RequestError: the steps are no whole number, something is to run between steps that there are not, or
         the directory is no path.
     """
+    weak = jax.tree.map(is_weak, state)
     steps, between = whole_number(steps, f"{label}: steps"), between or {}
     if outside := [step for step in between if not 0 <= step <= steps]:
         raise RequestError(f"{label}: between={outside}, expected numbers of steps from 0 to {steps}.")
@@ -124,7 +127,8 @@ def run_steps(
     finally:
         if store is not None:
             store.close()
-    return state, history
+    # Loops make arrays strong that were weak, which would change the dtypes of what comes next.
+    return jax.tree.map(lambda x, was: weakened(x) if was else x, state, weak), history
 
 
 def _noted(history: Mapping[str, np.ndarray], chunk: int, info: Any) -> dict[str, Any]:
@@ -279,22 +283,6 @@ def folder_of(directory: Any, caller: str) -> Path:
     if file := next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None):
         raise CheckpointError(f"{caller}: {file} is a file, expected a folder for checkpoints, or a new one.")
     return folder
-
-
-def whole_number(value: Any, name: str, *, least: int = 0) -> int:
-    """A count as a plain integer.
-
-    Args:
-      value: what was given, of whatever type.
-      name: what messages call it.
-      least: the smallest that is allowed.
-
-    Raises:
-      RequestError: it is no whole number, or a smaller one.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise RequestError(f"{name}={value!r}, expected a whole number, {least} or more.")
-    return int(value)
 
 
 def _plain(value: Any) -> Any:
