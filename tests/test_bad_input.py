@@ -1,6 +1,8 @@
 """Inputs that are odd or wrong: handled, or refused with what to do."""
 
 import inspect
+import subprocess
+import sys
 
 import equinox as eqx
 import haiku as hk
@@ -87,6 +89,16 @@ def test_python_number_among_the_variables():
 def test_input_that_is_no_array():
     with pytest.raises(TraceError, match=r"the input `mode` is str, expected an array.*functools\.partial"):
         ca.find_groups(lambda v, x, mode: two_layers(v, x), variables(), X, mode="train")
+
+
+def test_random_keys_of_another_kind(environment):
+    """The kind is set before all imports, as is usual on TPUs."""
+    code = "import jax, compaware_jax as ca; print(jax.random.key(0).dtype)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment() | {"JAX_DEFAULT_PRNG_IMPL": "rbg"},
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "rbg" in run.stdout
 
 
 def test_two_leaves_of_one_path():

@@ -200,6 +200,25 @@ def test_variables_of_few_bits_are_not_trained(trained, dtype):
         ca.fit(tasks.apply, narrow, tasks.loss, tasks.batches, 1)
 
 
+def test_frozen_variables_may_have_few_bits():
+    """No step of theirs is lost."""
+
+    def apply(v, x):
+        return jnp.tanh(x @ jax.lax.stop_gradient(v["base"]).astype(x.dtype)) @ v["head"]
+
+    keys = jax.random.split(jax.random.key(0))
+    variables = {
+        "base": jax.random.normal(keys[0], (8, 16), jnp.bfloat16),
+        "head": jax.random.normal(keys[1], (16, 8)),
+    }
+    groups = ca.find_groups(apply, variables, jnp.zeros((1, 8)))
+    result = ca.compress(
+        apply, variables, tasks.loss, tasks.batches, groups=groups, budget=ca.params(0.5), fine_tune=2,
+        search=ca.GradientSearch(steps=2), progress=False,
+    )  # fmt: skip
+    assert (result.variables["base"].shape, result.variables["base"].dtype) == ((8, 8), jnp.bfloat16)
+
+
 def test_messages_name_the_function_that_was_called(trained):
     variables, groups = trained
     asked = (tasks.apply, jax.tree.map(lambda x: x * jnp.nan, variables), tasks.loss, tasks.batches)

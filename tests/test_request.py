@@ -133,11 +133,59 @@ def test_loss_and_metric_of_the_model_around_them(task):
     def outside(f, _, batch):
         return tasks.error(tasks.apply, variables, batch)
 
+    def on_their_arrays(f, variables, batch):
+        return tasks.error(tasks.apply, variables, batch)
+
     refused(task, TraceError, "the loss does not depend on the variables.*has to use that", loss=outside)
+    message = "the loss does not call the function that it is given.*has to use that"
+    refused(task, TraceError, message, loss=on_their_arrays)
     refused(
         task, CriterionError, "the metric of `error` does not depend on the variables",
         criteria=[ca.at_most("error", outside, 9.0)], held_out=tasks.held_out(),
     )  # fmt: skip
+
+
+def test_metrics_that_do_not_ask(task, caplog):
+    """They may be of the weights alone, or of the dense function on the small one's arrays."""
+    length = ca.at_most("length", lambda f, v, b: optax.tree.norm(v), 99.0)
+    error = ca.at_most("error", tasks.error, 9.0)
+    with caplog.at_level(logging.WARNING):
+        tasks.compress(task, criteria=[length, error], fine_tune=1, search=ca.GradientSearch(steps=2))
+    assert [record.getMessage() for record in caplog.records] == [
+        "compress: the metric of `length` does not call the function that it is given: is it of the weights "
+        "alone?"
+    ]
+
+
+def test_metrics_of_what_has_no_gradient(task):
+    """An average of the weights is deployed, and not trained."""
+    variables, _ = task
+    both = {"params": variables, "average": variables}
+
+    def apply(v, x):
+        still = jax.lax.stop_gradient(v["average"])
+        average = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, still, v["params"])
+        return {"y": tasks.apply(v["params"], x), "used": tasks.apply(still, x), "average": average}
+
+    def loss(f, v, batch):
+        found = f(v, batch)
+        return jnp.mean((found["y"] - batch) ** 2), {"average": found["average"]}
+
+    def error(f, v, batch):
+        return jnp.mean((f(v, batch)["used"] - batch) ** 2)
+
+    groups = ca.find_groups(apply, both, jnp.zeros((1, 8)), state_outputs={"average": "average"})
+    changes = {"task": (both, groups), "apply": apply, "loss": loss, "held_out": tasks.held_out()}
+    refused(
+        task, CriterionError, "metric of `average` has no gradient.*trainable=False",
+        criteria=[ca.at_most("average", error, 9.0)], **changes,
+    )  # fmt: skip
+    result = ca.compress(
+        apply, both, loss, tasks.batches, groups=groups, budget=ca.params(0.5), fine_tune=1,
+        criteria=[ca.at_most("average", error, 9.0, trainable=False)], held_out=tasks.held_out(),
+        search=ca.GradientSearch(steps=2), progress=False,
+    )  # fmt: skip
+    assert result.kept
 
 
 def test_loss_and_metric_that_fail_on_the_small_model(task):

@@ -119,6 +119,24 @@ def test_compress(mesh, parallel):
     chex.assert_trees_all_close(result.variables, alone.variables, rtol=1e-3, atol=1e-3)
 
 
+def test_a_mesh_that_is_not_set():
+    """Types name it all the same; constants of the trace are not evaluated for it then."""
+    mesh = mesh_of(AxisType.Explicit)
+    variables = jax.device_put({"a": jnp.ones((8, 6)), "b": jnp.ones((6, 8))}, NamedSharding(mesh, P()))
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (4, 8)), NamedSharding(mesh, P("devices")))
+
+    def hidden(v, x):
+        return jnp.tanh(x @ v["a"]) @ v["b"]
+
+    groups = ca.find_groups(hidden, variables, x)
+    result = ca.compress(
+        hidden, variables, tasks.loss, lambda step: x, groups=groups, budget=ca.params(0.5), fine_tune=2,
+        criteria=[ca.at_most("loss", tasks.loss, 50.0)], held_out=x, search=ca.GradientSearch(steps=2),
+        progress=False,
+    )  # fmt: skip
+    assert result.kept
+
+
 def test_the_context_of_an_equation():
     """Random numbers are drawn in the way that the function chose where it drew them."""
 

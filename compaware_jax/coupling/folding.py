@@ -77,13 +77,20 @@ def evaluate(eqn: Equation, inputs: Sequence[Any]) -> list[np.ndarray] | None:
       inputs: arrays, of numpy or of JAX.
 
     Returns:
-      Its results; None where nothing can be evaluated, as in a part of a `jax.shard_map`.
+      Its results; None where nothing can be evaluated, as in a part of a `jax.shard_map`, or for a mesh that
+      is not set.
     """
     result = _by_numpy(eqn, inputs)
     if result is not None:
         return [result]
-    with jax.ensure_compile_time_eval():
-        results = eqn.run(*inputs)
+    try:
+        with jax.ensure_compile_time_eval():
+            results = eqn.run(*inputs)
+    except ValueError:
+        # Its type names a mesh, but nothing here says which devices are in it.
+        if any(explicit(aval.sharding) for aval in eqn.out_avals):
+            return None
+        raise
     return None if any(isinstance(x, Tracer) for x in results) else [np.asarray(x) for x in results]
 
 

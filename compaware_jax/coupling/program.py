@@ -157,11 +157,16 @@ class Program:
         _add_differentiated(self.block, reached)
         return reached
 
-    def leaves_read(self, output: int | None = None) -> list[str]:
-        """Paths of the leaves that reach an output (None: any), and not only through `stop_gradient`."""
+    def leaves_read(self, output: int | None = None, *, stopped: bool = False) -> list[str]:
+        """Paths of the leaves that reach an output.
+
+        Args:
+          output: its position; None for any.
+          stopped: whether through `stop_gradient` alone is enough.
+        """
         needed = set(self.block.outputs if output is None else self.block.outputs[output : output + 1])
         for eqn in reversed(self.block.equations):
-            if needed & set(eqn.outputs) and eqn.primitive is not p.stop_gradient_p:
+            if needed & set(eqn.outputs) and (stopped or eqn.primitive is not p.stop_gradient_p):
                 needed.update(eqn.inputs)
         return [path for path, value in zip(self.leaves, self.leaf_values, strict=True) if value in needed]
 

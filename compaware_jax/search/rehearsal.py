@@ -38,7 +38,8 @@ def rehearse(problem: Problem, variables: Any, held_out: Any, caller: str) -> No
       caller: the function that asks, for messages.
 
     Raises:
-      TraceError: the loss does not use the variables that it is called with, or fails on small ones.
+      TraceError: the loss does not use the function or the variables that it is called with, or fails on
+        small ones.
       CriterionError: a metric, likewise.
     """
     plan = _half(problem)
@@ -53,9 +54,12 @@ def rehearse(problem: Problem, variables: Any, held_out: Any, caller: str) -> No
     def loss(apply: Any, variables: Any, batch: Any) -> Any:
         return value_and_updates(problem.loss, apply, variables, batch)
 
-    program = _traced(loss, apply, variables, batch)
+    asks = _Asked(apply)
+    program = _traced(loss, asks, variables, batch)
     if not program.leaves_read(0):
         raise TraceError(f"{caller}: the loss does not depend on the variables. {ASKED}")
+    if not asks.asked:
+        raise TraceError(f"{caller}: the loss does not call the function that it is given. {ASKED}")
     _warn_of_trained_state(program)
     _played(loss, small_apply, small, batch, TraceError, f"{caller}: the loss")
     if held_out is None:
@@ -63,11 +67,25 @@ def rehearse(problem: Problem, variables: Any, held_out: Any, caller: str) -> No
     for criterion in problem.criteria:
         name = f"{caller}: the metric of `{criterion.name}`"
         check_metric(criterion, apply, variables, held_out, caller, "held_out")
-        if not _traced(criterion.metric, apply, variables, held_out).leaves_read():
+        asks = _Asked(apply)
+        if not _traced(criterion.metric, asks, variables, held_out).leaves_read(stopped=True):
             empty = any(0 in jnp.shape(leaf) for leaf in jax.tree.leaves(held_out))
             told = "held_out has an array without elements: expected samples." if empty else ASKED
             raise CriterionError(f"{name} does not depend on the variables. {told}")
+        if not asks.asked:
+            _LOG.warning("%s does not call the function that it is given: is it of the weights alone?", name)
         _played(criterion.metric, small_apply, small, held_out, CriterionError, name)
+
+
+class _Asked:
+    """A function that knows whether it was called."""
+
+    def __init__(self, apply: Callable[..., Any]):
+        self.apply, self.asked = apply, False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked = True
+        return self.apply(*args, **kwargs)
 
 
 def _half(problem: Problem) -> Plan:

@@ -115,7 +115,7 @@ def program_mark(function: Callable[..., Any], *args: Any) -> tuple[str, Any]:
 
 
 def check_trainable(variables: Any, caller: str) -> None:
-    """Refuse variables that no gradient trains, or not well.
+    """Refuse variables that no gradient trains.
 
     Raises:
       RequestError: says which.
@@ -126,19 +126,11 @@ def check_trainable(variables: Any, caller: str) -> None:
             f"{caller}: {wrong[:3]} are no arrays, expected arrays of JAX or numpy. Close over what is no "
             "number; make arrays of numbers, jnp.asarray(leaf)."
         )
-    trained = {path: leaf.dtype for path, leaf in leaves if is_smooth(leaf)}
-    if not trained:
+    if not any(is_smooth(leaf) for _, leaf in leaves):
         raise RequestError(
             f"{caller}: the variables have no floating-point array, and no gradient trains others: "
             f"{[f'{path} ({leaf.dtype})' for path, leaf in leaves][:3]}. Quantised weights are trained by a "
             "scale, or by adapters, among the variables."
-        )
-    narrow = [f"{path} ({dtype})" for path, dtype in trained.items() if jnp.finfo(dtype).bits < 32]
-    if narrow:
-        raise RequestError(
-            f"{caller}: {narrow[:3]} have too few bits to be trained, small steps are lost: expected float32 "
-            "here and for find_groups, by jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables). "
-            "The function may compute in fewer bits. Cast what comes out."
         )
 
 
@@ -194,6 +186,7 @@ def check_objective(
     Raises:
       TraceError: the loss.
       CriterionError: a metric.
+      RequestError: variables of few bits that the loss trains.
     """
     batch = jax.eval_shape(batches, jnp.int32(0))
 
@@ -210,11 +203,32 @@ def check_objective(
             "batch as batches(step) returns it, and compiled: numpy and float() have no place in it."
         ) from error
     _check_number(value, f"{caller}: the loss", TraceError)
+    _check_bits(first, variables, batch, caller)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TraceError(f"{caller}: the loss is of {value.dtype}, expected a floating-point number.")
     for criterion in trainable(criteria):
         check_metric(criterion, apply, variables, batch, caller, "a training batch")
         _check_gradient(criterion, apply, variables, batch, caller)
+
+
+def _check_bits(loss: Callable[..., Any], variables: Any, batch: Any, caller: str) -> None:
+    """Refuse to train in so few bits that small steps are lost; what has no gradient may have few."""
+    narrow = {
+        path: leaf.dtype
+        for path, leaf in named_leaves(variables)
+        if is_smooth(leaf) and jnp.finfo(leaf.dtype).bits < 32
+    }
+    if not narrow:
+        return
+    trained = [f"{p} ({narrow[p]})" for p in trace(loss, variables, batch).leaves_read() if p in narrow]
+    if trained:
+        raise RequestError(
+            f"{caller}: {trained[:3]} have too few bits to be trained, small steps are lost: expected "
+            "float32 here and for find_groups, by "
+            "jax.tree.map(lambda leaf: leaf.astype(jnp.float32), variables). "
+            "The function may compute in fewer bits. Cast what comes out. What is frozen, by stop_gradient, "
+            "may have them."
+        )
 
 
 def check_metric(
@@ -256,7 +270,7 @@ def _check_gradient(criterion: Criterion, apply: Any, variables: Any, batch: Any
         return value_and_gradients(lambda v: (value(v, batch), None), variables)[1]
 
     name, told = f"{caller}: the metric of `{criterion.name}`", ""
-    if not trace(value, variables, batch).leaves_read():
+    if not trace(value, variables, batch).leaves_read(stopped=True):
         raise CriterionError(f"{name} does not depend on the variables. {ASKED}")
     try:
         if trace(slopes, (variables, batch)).leaves_read():
