@@ -129,7 +129,8 @@ def compress(
         that need data have it from around them: ``lambda groups, v: importance.taylor(groups, v, grad(v))``.
       fine_tune: steps of the last phase.
       learning_rate: of the last phase (Adam, cosine to zero).
-      optimizer: of the last phase, in place of that Adam; see `fit`.
+      optimizer: of the last phase, in place of that Adam; see `fit`. The search trains by Adam all that has a
+        gradient: freeze what is to stay by `jax.lax.stop_gradient` in the function.
       key: source of randomness; default ``jax.random.key(0)``.
       directory: where to keep checkpoints; started again with the same arguments after a kill, the
         result is the same bit for bit. None for none.

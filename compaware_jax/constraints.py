@@ -42,7 +42,8 @@ def constrain(
 
     Args:
       groups: what can leave.
-      whole: patterns of groups that stay whole.
+      whole: patterns of groups that stay whole. The members of an ensemble are a group, too; one that left
+        counts as zero in the minimum or the maximum over them.
       floor: least kept units: an int, or a float for a share of the group; one for all, or by pattern.
       ceiling: most kept units, likewise.
       multiple_of: kept sizes of all axes that a group cuts are multiples of this, e.g. 8 for tensor

@@ -245,7 +245,10 @@ def _number(cost: str, fraction: Any) -> float:
 
 
 def params(fraction: Any) -> Budget:
-    """At most this fraction of the dense model's parameters, in (0, 1]."""
+    """At most this fraction of the dense model's parameters, in (0, 1].
+
+    All elements of the variables count, those of state (running averages, a cache) as well.
+    """
     return Budget("parameters", _number("parameters", fraction))
 
 

@@ -38,6 +38,7 @@ def analyse(
     *,
     released: Sequence[int] = (),
     states: Sequence[tuple[int, int]] = (),
+    taken: Sequence[int] = (),
     strict: bool = False,
     cuts: Cuts = USUAL,
     settled: bool = False,
@@ -45,9 +46,10 @@ def analyse(
     """Find what leaves together in a traced function.
 
     Args:
-      program: the traced function; its leaves get atoms, its other inputs are fixed.
+      program: the traced function; its leaves get atoms, its other inputs are fixed, but for those taken.
       released: positions of outputs whose axes may be cut; all others are fixed.
       states: (output position, leaf position) pairs: the output is the leaf's next value, cut as it is.
+      taken: positions of data inputs whose axes may be cut; what is missing of them is zero.
       strict: raise at a primitive without a rule instead of fixing what reaches it.
       cuts: how joint factors are cut.
       settled: leave it at that; otherwise its choices are tried, and those taken that free more of the
@@ -57,14 +59,15 @@ def analyse(
       UnknownPrimitiveError: in strict mode, at a primitive without a rule.
     """
     ledger = partial(Ledger, is_differentiated=program.is_differentiated)
-    best = _analyse(ledger(cuts=cuts), program, released, states, strict)
+    asked = program, released, states, taken, strict
+    best = _analyse(ledger(cuts=cuts), *asked)
     for choice in () if settled else sorted(best.choices):
         other = replace(best.cuts, choices=best.cuts.choices | {choice})
-        trial = _analyse(ledger(cuts=other), program, released, states, strict)
+        trial = _analyse(ledger(cuts=other), *asked)
         if trial.freedom > best.freedom:
             best = replace(trial, choices=best.choices)
     if cuts.boundary and (loose := _loose_ends(best)):
-        loosened = _analyse(ledger(cuts=best.cuts, loose=loose), program, released, states, strict)
+        loosened = _analyse(ledger(cuts=best.cuts, loose=loose), *asked)
         best = replace(loosened, choices=best.choices)
     return best
 
@@ -97,12 +100,15 @@ def _analyse(
     program: Program,
     released: Sequence[int],
     states: Sequence[tuple[int, int]],
+    taken: Sequence[int],
     strict: bool,
 ) -> Analysis:
     avals = program.avals
     inputs = [_leaf(ledger, avals[v].shape) for v in program.leaf_values]
-    for name, value in zip(program.arguments, program.argument_values, strict=True):
-        inputs.append(_data(ledger, avals[value].shape, f"data input `{name}`"))
+    for number, (name, value) in enumerate(zip(program.arguments, program.argument_values, strict=True)):
+        shape = avals[value].shape
+        cut = number in taken
+        inputs.append(_leaf(ledger, shape) if cut else _data(ledger, shape, f"data input `{name}`"))
     propagation = _Propagation(ledger, program.constants, strict)
     outputs = propagation.block(program.block, inputs)
     leaf_of = dict(states)

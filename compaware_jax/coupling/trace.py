@@ -115,13 +115,13 @@ def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) 
         closed,
         leaves=names,
         mark=closed.jaxpr.eqns[0],
-        arguments=_argument_names(apply, structs[1], structs[2]),
+        arguments=argument_names(apply, structs[1], structs[2]),
         output_paths=output["paths"],
         output_tree=output["tree"],
     )
 
 
-def _argument_names(apply: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str, ...]:
+def argument_names(apply: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str, ...]:
     """Names of the arguments' leaves, by the function's own parameter names where it shows them."""
     try:
         parameters = list(inspect.signature(apply).parameters.values())[1:]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from compaware_jax.coupling.groups import Groups
 from compaware_jax.coupling.rules import RULES
+from compaware_jax.errors import PlanError
 from compaware_jax.importance.units import as_numbers, squared
 from compaware_jax.placement import replicated
 
@@ -32,12 +33,20 @@ def activation(groups: Groups, variables: Any, *args: Any, **kwargs: Any) -> Flo
       *args: inputs, of the shapes for which the groups were found.
       **kwargs: further inputs, by name.
 
+    Raises:
+      PlanError: the inputs are not those of `find_groups`.
+
     References:
       Luo et al., ThiNet, arXiv 1707.06342, for the idea of judging a filter by its output.
     """
     program = groups.analysis.program
     values: dict[int, Any] = {v: jnp.asarray(c) for v, c in program.constants.items()}
     inputs: Sequence[Any] = jax.tree.leaves((variables, args, kwargs))
+    if len(inputs) != len(program.block.inputs):
+        raise PlanError(
+            f"activation: got variables and inputs of {len(inputs)} arrays, expected "
+            f"{len(program.block.inputs)}: activation(groups, variables, *inputs), as find_groups was called."
+        )
     values.update(zip(program.block.inputs, inputs, strict=True))
     from_data = set(program.argument_values)
     total, seen = jnp.zeros(groups.units + 1), np.zeros(groups.units + 1)

@@ -146,7 +146,7 @@ def _calibrated(problem: Problem, gates: jax.Array, variables: Any, steps: int, 
     def step(state: Any, index: jax.Array) -> tuple[Any, jax.Array]:
         trained, moments = state
         before, gradients = jax.value_and_grad(value)(trained, index)
-        return descended(rule, moments, trained, gradients), before
+        return descended(rule, moments, trained, gradients, before), before
 
     def run(start: list[jax.Array]) -> list[jax.Array]:
         (trained, _), _ = jax.lax.scan(step, (start, rule.init(start)), jnp.arange(steps))

@@ -142,7 +142,7 @@ class GradientSearch:
             change: Any
             change, share_optimizer = share_rule.update(tangent, state.share_optimizer, state.log_share)
             log_share = on_budget(cost, state.log_share + change, budget) - top
-            variables, optimizer = descended(weights_rule, state.optimizer, state.variables, by_weight)
+            variables, optimizer = descended(weights_rule, state.optimizer, state.variables, by_weight, total)
             new = GradientState(
                 variables=updated(variables, news, seen),
                 log_share=log_share,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from compaware_jax.garbage import uncollected
 from compaware_jax.paths import named_leaves
 from compaware_jax.placement import sharding_in_type, struct_of
 from compaware_jax.settings import as_names
+from compaware_jax.surgery.cut_inputs import check_taken, full_shapes, widened
 from compaware_jax.surgery.plan import Plan
 from compaware_jax.surgery.slimming import run_small, wider_on_shapes
 from compaware_jax.surgery.widths import Wider
@@ -32,7 +33,13 @@ from compaware_jax.surgery.widths import Wider
 _LOG = logging.getLogger(__name__)
 
 
-def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ()) -> Callable[..., Any]:
+def slim(
+    apply: Callable[..., Any],
+    plan: Plan,
+    *,
+    released: Sequence[str] = (),
+    cut_inputs: Mapping[str, Sequence[int | None]] | None = None,
+) -> Callable[..., Any]:
     """The small function.
 
     ``slim(apply, plan)(shrink(variables, plan), *args)`` equals
@@ -48,6 +55,10 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
       plan: what is kept.
       released: tree paths of outputs that come out cut, beside those released to `find_groups`; sub-trees
         stand for all that is in them.
+      cut_inputs: further arguments that come in cut, such as the carry of a single step of what the groups
+        were found on as a scan: the name of a parameter of `apply`, or a path in it, to the full shape, with
+        None for sizes that are as they come, e.g. ``{"carry": (None, 256)}``. What is missing of them
+        counts as zero.
 
     Returns:
       A function of the small variables and the same further arguments as `apply`.
@@ -62,6 +73,7 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
             "slim(apply, plan)."
         )
     released = as_names(released, "slim: released")
+    widths = full_shapes(cut_inputs)
     runs: dict[Any, tuple[Callable[..., list[jax.Array]], Any]] = {}
 
     def small_apply(small_variables: Any, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +96,9 @@ def slim(apply: Callable[..., Any], plan: Plan, *, released: Sequence[str] = ())
             _numerics(),
         )
         if key not in runs:
-            analysis, alive = _analysed(apply, full, plan, released, *args, **kwargs)
+            inputs, taken = widened(apply, widths, args, kwargs)
+            analysis, alive = _analysed(apply, full, plan, released, taken, *inputs[0], **inputs[1])
+            check_taken(analysis, alive, taken, rest)
             run, tree = _settled(analysis, alive, plan, (*small_leaves, *rest)), analysis.program.output_tree
             typed = any(sharding_in_type(x) is not None for x in (*small_leaves, *rest))
             # Outside of jit, types name a mesh but not its devices; they have to be those of the inputs.
@@ -121,7 +135,13 @@ def _settled(
 
 @uncollected()
 def _analysed(
-    apply: Callable[..., Any], full: Any, plan: Plan, released: Sequence[str], *args: Any, **kwargs: Any
+    apply: Callable[..., Any],
+    full: Any,
+    plan: Plan,
+    released: Sequence[str],
+    taken: Sequence[int],
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Analysis, np.ndarray]:
     """The analysis of a function at these input shapes, and which of its classes the plan keeps."""
     program = trace(apply, full, *args, **kwargs)
@@ -133,7 +153,12 @@ def _analysed(
             )
     chosen = program.under((*released, *plan.released))
     analysis = analyse(
-        program, released=chosen, states=program.states(plan.states), cuts=plan.cuts, settled=True
+        program,
+        released=chosen,
+        states=program.states(plan.states),
+        taken=taken,
+        cuts=plan.cuts,
+        settled=True,
     )
     return analysis, _alive(analysis, plan)
 
@@ -324,7 +349,8 @@ def _alive(analysis: Analysis, plan: Plan) -> np.ndarray:
                 raise PlanError(
                     f"slim: the plan cuts axis {axis} of `{plan.leaves[position].path}`, which this "
                     f"function needs whole ({analysis.solution.fixed[blocked[0]]}). Pass the function "
-                    "that the groups were found for, or name the output in `released`."
+                    "that the groups were found for, or name the output in `released`, the input in "
+                    "`cut_inputs`."
                 )
     if (dead & needed).any():
         raise PlanError(

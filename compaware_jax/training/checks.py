@@ -80,16 +80,17 @@ def optimizer_mark(optimizer: Any, variables: Any, caller: str) -> str | None:
 
     def first(part: Any) -> Any:
         state = optimizer.init(part)
-        return state, optimizer.update(part, state, part)[1]
+        asking = optax.with_extra_args_support(optimizer)
+        return state, asking.update(part, state, part, value=jnp.float32(1))[1]
 
     try:
         mark, states = program_mark(first, trained_part(variables))
     except Exception as error:
         raise RequestError(
             f"{caller}: the optimizer fails ({gist(error)}). Expected one that is called as "
-            "update(gradients, state, variables), on pytrees like the variables with None in place of what "
-            "is not floating-point. Whatever needs more than that needs a loop of your own; find_plan is the "
-            "search alone."
+            "update(gradients, state, variables), or with value=loss as well, on pytrees like the variables "
+            "with None in place of what is not floating-point. Whatever needs more than that needs a loop of "
+            "your own; find_plan is the search alone."
         ) from error
     before, after = (jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in states)
     if before != after:

@@ -78,7 +78,7 @@ def fit_step(
             return objective(apply, variables, batches(index), state.pressure)
 
         (total, (pressure, news)), gradients = value_and_gradients(value, state.variables)
-        variables, optimizer_state = descended(optimizer, state.optimizer, state.variables, gradients)
+        variables, optimizer_state = descended(optimizer, state.optimizer, state.variables, gradients, total)
         new = FitState(updated(variables, news), optimizer_state, pressure)
         return new, {"loss": total, **followed(criteria, pressure)}
 
@@ -110,7 +110,8 @@ def fit(
       batches: ``step -> batch``, pure.
       steps: number of updates.
       learning_rate: of Adam at the start; it falls to zero on a cosine.
-      optimizer: in place of that Adam, schedule included, e.g. ``optax.contrib.muon(schedule)``.
+      optimizer: in place of that Adam, schedule included, e.g. ``optax.contrib.muon(schedule)``; its update
+        gets the loss as ``value=``. What it trains is returned, not an average that its state may hold.
       criteria: constraints, by Lagrangian: they weigh the more, the longer they fail.
       label: what the progress bar says.
       directory: for checkpoints; None for none.

@@ -48,7 +48,7 @@ def value_and_gradients(function: Callable[[Any], Any], variables: Any) -> Any:
 
 
 def descended(
-    optimizer: optax.GradientTransformation, state: Any, variables: Any, gradients: Any
+    optimizer: optax.GradientTransformation, state: Any, variables: Any, gradients: Any, value: Any
 ) -> tuple[Any, Any]:
     """The variables and the optimizer's state one step on.
 
@@ -57,9 +57,11 @@ def descended(
       state: its state.
       variables: a pytree of arrays.
       gradients: of a real number, as `trained_part` has them.
+      value: that number, which some optimizers ask for.
     """
     part = trained_part(variables)
-    changes, state = optimizer.update(_ascent(gradients), state, part)
+    asking = optax.with_extra_args_support(optimizer)
+    changes, state = asking.update(_ascent(gradients), state, part, value=value)
     return with_part(variables, optax.apply_updates(part, changes)), state
 
 
