@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -49,7 +49,8 @@ def law_errors(
     groups: Groups,
     slimmer: Callable[..., Any] = slim,
     gradients: bool = True,
-    **options: Any,
+    compiler_options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> tuple[float, float]:
     """How far the small function is from the masked one, on given inputs.
 
@@ -64,7 +65,8 @@ def law_errors(
       groups: what can leave.
       slimmer: makes the small function; `slim`, or what is to be compared with it.
       gradients: whether to compare them as well; a loop of unknown length has none.
-      **options: for `jax.jit`, e.g. compiler options.
+      compiler_options: for `jax.jit`.
+      **kwargs: further inputs, by name.
 
     Returns:
       Relative error of the outputs, and of the gradients by the variables against their global norm (of
@@ -78,7 +80,7 @@ def law_errors(
     dtype = jnp.result_type(float)
 
     def loss(f: Callable[..., Any], tree: Any) -> tuple[jax.Array, Any]:
-        outputs = f(tree, *args)
+        outputs = f(tree, *args, **kwargs)
         # Drawn by numpy: what draws random numbers takes longer to compile than many a function.
         terms = [
             jnp.sum(y * np.random.default_rng([7, i]).normal(size=y.shape).astype(dtype))
@@ -101,18 +103,21 @@ def law_errors(
 
         return run
 
-    def run(f: Callable[..., Any], compiled: Callable[..., Any], tree: Any) -> tuple[Any, Any]:
-        (_, outputs), slopes = compiled(tree)
+    def run(f: Callable[..., Any], program: Callable[..., Any], tree: Any) -> tuple[Any, Any]:
+        (_, outputs), slopes = program(tree)
         if _not_finite(slopes):
             # Compiled, the derivative of a minimum can be 0/0 (XLA computes the compared values twice, in
             # different roundings, and finds no minimum); op by op it cannot.
             (_, outputs), slopes = evaluate(f)(tree)
         return outputs, slopes
 
-    full = jax.jit(evaluate(apply), **options)
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.jit(function, compiler_options=dict(compiler_options or {}))
+
+    full = compiled(evaluate(apply))
     mask = partial(apply_mask, groups)
     if not all(map(on_host, jax.tree.leaves(variables))):
-        mask = jax.jit(mask, **options)  # One program instead of several per shape.
+        mask = compiled(mask)  # One program instead of several per shape.
     cuts_outputs = bool(groups.released or groups.states)
     errors = []
     for units in np.atleast_2d(keep):
@@ -120,14 +125,14 @@ def law_errors(
         reference = apply
         if cuts_outputs:
 
-            def reference(tree: Any, *inputs: Any, plan: Any = plan) -> Any:
-                return cut_outputs(groups, plan, apply(tree, *inputs))
+            def reference(tree: Any, *args: Any, plan: Any = plan, **kwargs: Any) -> Any:
+                return cut_outputs(groups, plan, apply(tree, *args, **kwargs))
 
-            full = jax.jit(evaluate(reference), **options)
+            full = compiled(evaluate(reference))
         masked = mask(np.asarray(units, float), variables)
         expected, expected_grad = run(reference, full, masked)
         small_apply = slimmer(apply, plan)
-        small = jax.jit(evaluate(small_apply), **options)
+        small = compiled(evaluate(small_apply))
         got, got_grad = run(small_apply, small, shrink(variables, plan))
         if gradients:
             # What left has no gradient to compare.

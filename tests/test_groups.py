@@ -1,5 +1,6 @@
 """Groups: exact listings of small models, and what is refused or reported."""
 
+import copy
 import gc
 import inspect
 import json
@@ -152,6 +153,12 @@ def test_component_names_can_be_given():
     groups = ca.find_groups(apply, variables, *args, components=lambda path: "one")
     assert groups.groups[0].components == ("one",)
     assert not groups.groups[0].coupling
+
+
+def test_copies_are_the_same():
+    apply, variables, args = MODELS["mlp"]()
+    groups = ca.find_groups(apply, variables, *args)
+    assert copy.deepcopy({"groups": groups})["groups"] is groups
 
 
 def test_components_are_names():

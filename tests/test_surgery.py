@@ -51,6 +51,12 @@ def test_slim_with_its_arguments_swapped(cut):
         inspect.unwrap(ca.slim)(plan, apply)  # Without the annotations that tests check.
 
 
+def test_arguments_that_are_no_arrays(cut):
+    apply, variables, args, _, _, plan = cut
+    with pytest.raises(PlanError, match=r"slim: an argument is no array .*functools\.partial"):
+        ca.slim(lambda v, x, mode: apply(v, x), plan)(ca.shrink(variables, plan), *args, mode="a")
+
+
 def test_mask_is_like_the_variables(cut):
     _, variables, _, groups, keep, _ = cut
     mask = ca.mask(groups, jnp.asarray(keep, float), variables)

@@ -37,7 +37,7 @@ def functional(
         `hk.without_apply_rng`.
       params: the parameters.
       state: the state, for `hk.transform_with_state`.
-      rng: random key, closed over; needed only where the model draws random numbers.
+      rng: random key, closed over; needed only where the model draws random numbers, see below.
       updates: whether the function returns (output, new state) instead of the output; with state only.
         Find the groups on this function in training mode, with ``state_outputs={"1": "state"}``: a plan
         then cuts all of the state. (hk.BatchNorm reads one part of it in training and another in
@@ -45,10 +45,11 @@ def functional(
       **static_kwargs: keyword arguments of the call that are not arrays, e.g. ``is_training=False``.
 
     Returns:
-      The function ``apply(variables, *args)`` and the variables: `params` as they are, or with state
-      ``{"params": params, "state": state}``. Only the parameters have a gradient, so that `compress` leaves
-      running means as they are. Shrunken variables are the parameters (and state) of the network built at
-      the smaller widths.
+      The function ``apply(variables, *args, reseed=None)`` and the variables: `params` as they are, or with
+      state ``{"params": params, "state": state}``. A model that draws random numbers draws the same ones at
+      every call, unless it is given a random key as `reseed`, e.g. from the batch. Only the parameters have
+      a gradient, so that `compress` leaves running means as they are. Shrunken variables are the parameters
+      (and state) of the network built at the smaller widths.
 
     Raises:
       TraceError: the model is no transformed function, or state is missing or given in vain.
@@ -73,9 +74,9 @@ def functional(
             )
         with_state = transformed.apply
 
-        def apply_with_state(variables: Any, *args: Any, **kwargs: Any) -> Any:
-            still = jax.lax.stop_gradient(variables["state"])
-            output, new = with_state(variables["params"], still, rng, *args, **static_kwargs, **kwargs)
+        def apply_with_state(variables: Any, *args: Any, reseed: Any = None, **kwargs: Any) -> Any:
+            still, key = jax.lax.stop_gradient(variables["state"]), rng if reseed is None else reseed
+            output, new = with_state(variables["params"], still, key, *args, **static_kwargs, **kwargs)
             if not updates:
                 return output
             # A state that is written but not read (an average, in training) is tied to its next value too.
@@ -95,9 +96,10 @@ def functional(
         )
     plain = transformed.apply
     # What hk.without_apply_rng returns takes no random key.
-    keys = (rng,) if list(inspect.signature(plain).parameters)[1:2] == ["rng"] else ()
+    takes_key = list(inspect.signature(plain).parameters)[1:2] == ["rng"]
 
-    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(variables: Any, *args: Any, reseed: Any = None, **kwargs: Any) -> Any:
+        keys = (rng if reseed is None else reseed,) if takes_key else ()
         return plain(variables, *keys, *args, **static_kwargs, **kwargs)
 
     return apply, params

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,15 +37,17 @@ def functional(
       module: the module.
       variables: what `module.init` returned: collections such as params and batch_stats.
       method: the method to call, as in `module.apply`.
-      rngs: random keys, closed over.
+      rngs: random keys by name, or one for all, as in `module.apply`; closed over, see below.
       mutable: collections that the function updates, as in `module.apply`; with any, it returns
         (output, updates). Pass ``state_outputs={"1": ""}`` to `find_groups`, or the updates keep what they
         are computed from at full width.
       **static_kwargs: keyword arguments of the call that are not arrays, e.g. ``train=False``.
 
     Returns:
-      The function ``apply(variables, *args)`` and the variables as plain dicts. Only "params" has a
-      gradient, so that `compress` leaves batch statistics as they are.
+      The function ``apply(variables, *args, reseed=None)`` and the variables as plain dicts. A module that
+      draws, such as Dropout, draws the same numbers at every call, unless it is given a random key as
+      `reseed`, e.g. from the batch, which takes the place of those in `rngs`. Only "params" has a gradient,
+      so that `compress` leaves batch statistics as they are.
 
     Raises:
       TraceError: the module is no instance of a Linen module, or the variables have no collection "params".
@@ -69,10 +71,14 @@ def functional(
     """
     variables = _checked(module, variables, "functional")
 
-    def apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(variables: Any, *args: Any, reseed: Any = None, **kwargs: Any) -> Any:
         still = {name: x if name == "params" else jax.lax.stop_gradient(x) for name, x in variables.items()}
+        keys = rngs
+        if reseed is not None:
+            named = isinstance(rngs, Mapping)
+            keys = {name: jax.random.fold_in(reseed, n) for n, name in enumerate(rngs)} if named else reseed
         return module.apply(
-            still, *args, method=method, rngs=rngs, mutable=mutable, **static_kwargs, **kwargs
+            still, *args, method=method, rngs=keys, mutable=mutable, **static_kwargs, **kwargs
         )
 
     return apply, variables

@@ -141,6 +141,10 @@ class Groups:
     component_of: Callable[[str], str]
     limits: Limits | None = None
 
+    def __deepcopy__(self, memo: Any) -> Groups:
+        # Nothing of it changes, and a program cannot be copied.
+        return self
+
     @property
     def units(self) -> int:
         """Number of units in all groups."""

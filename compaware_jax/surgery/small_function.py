@@ -20,7 +20,7 @@ from compaware_jax.coupling.rules import Kept
 from compaware_jax.coupling.rules.arrays import missing, take
 from compaware_jax.coupling.trace import flatten, trace
 from compaware_jax.coupling.work import contraction_flops, each_equation, flops_of
-from compaware_jax.errors import PlanError
+from compaware_jax.errors import PlanError, gist
 from compaware_jax.garbage import uncollected
 from compaware_jax.paths import named_leaves
 from compaware_jax.placement import sharding_in_type, struct_of
@@ -88,10 +88,17 @@ def slim(
             ],
         )
         rest, rest_structure = jax.tree.flatten((args, kwargs))
+        try:
+            types = tuple(jax.typeof(x) for x in (*small_leaves, *rest))
+        except TypeError as error:
+            raise PlanError(
+                f"slim: an argument is no array ({gist(error)}). Close over values that are not arrays, with "
+                "functools.partial, as for find_groups."
+            ) from error
         key = (
             structure,
             rest_structure,
-            tuple(jax.typeof(x) for x in (*small_leaves, *rest)),
+            types,
             jax.sharding.get_abstract_mesh(),
             _numerics(),
         )

@@ -110,3 +110,21 @@ def test_transformed_without_a_random_key(x64):
     apply, variables = adapter.functional(net, params)
     np.testing.assert_array_equal(apply(variables, x), net.apply(params, x))
     assert ca.find_groups(apply, variables, x).units == 6
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+def test_a_key_per_call(x64, with_state):
+    def net(x):
+        return hk.Linear(2)(hk.dropout(hk.next_rng_key(), 0.5, hk.Linear(8)(x)))
+
+    transformed, x = (hk.transform_with_state if with_state else hk.transform)(net), images(4, 3)
+    given = transformed.init(jax.random.key(0), x)
+    apply, variables = adapter.functional(
+        transformed, *(given if with_state else (given,)), rng=jax.random.key(1)
+    )
+    keys = [jax.random.key(seed) for seed in (2, 3)]
+    outputs = [apply(variables, x, reseed=key) for key in (None, *keys)]
+    assert min(distance(outputs[n], outputs[n - 1]) for n in range(3)) > 0.1
+    groups = ca.find_groups(apply, variables, x, reseed=keys[0])
+    keep = random_units(groups)
+    assert max(law_errors(apply, variables, x, keep=keep, groups=groups, reseed=keys[1])) <= TIGHT

@@ -268,3 +268,28 @@ def test_groups_of_a_layer_under_vmap():
         else:
             with pytest.raises(PlanError, match=r"is that of nn\.vmap or nn\.scan, \(6, 3\)"):
                 adapter.feature_counts(module, variables, whole, x)
+
+
+class Dropped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dropout(0.5, deterministic=False)(nn.Dense(8)(x))
+        return nn.Dense(2)(x + jax.random.normal(self.make_rng("noise"), x.shape))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_key_per_call(x64, named):
+    """Drawn anew for every batch, in the small function as in the masked one."""
+    rngs = {"dropout": jax.random.key(1), "noise": jax.random.key(2)} if named else jax.random.key(3)
+    x, module = images(4, 3), Dropped()
+    init = {name: jax.random.key(0) for name in ("params", "dropout", "noise")}
+    apply, variables = adapter.functional(module, module.init(init, x), rngs=rngs)
+    keys = [jax.random.key(seed) for seed in (4, 5)]
+    outputs = [apply(variables, x, reseed=key) for key in (None, *keys)]
+    assert (apply(variables, x, reseed=keys[0]) == outputs[1]).all()
+    assert min(distance(outputs[n], outputs[n - 1]) for n in range(3)) > 0.1
+    groups = ca.find_groups(apply, variables, x, reseed=keys[0])
+    plan, masked = cut(groups, random_units(groups), variables)
+    for key in keys:
+        got = ca.slim(apply, plan)(ca.shrink(variables, plan), x, reseed=key)
+        assert distance(got, apply(masked, x, reseed=key)) <= TIGHT
