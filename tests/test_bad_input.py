@@ -86,6 +86,18 @@ def test_python_number_among_the_variables():
         ca.find_groups(two_layers, variables(scale=2.0), X)
 
 
+def test_flags_among_the_inputs():
+    def apply(v, x, train):
+        return two_layers(v, x) * (2 if train else 1)
+
+    for call in (
+        lambda: ca.find_groups(apply, variables(), X, True),
+        lambda: ca.find_groups(apply, variables(), X, train=False),
+    ):
+        with pytest.raises(TraceError, match=r"decides by \['train'\], which are traced.*functools\.partial"):
+            call()
+
+
 def test_input_that_is_no_array():
     with pytest.raises(TraceError, match=r"the input `mode` is str, expected an array.*functools\.partial"):
         ca.find_groups(lambda v, x, mode: two_layers(v, x), variables(), X, mode="train")

@@ -104,6 +104,13 @@ def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) 
         closed = jax.make_jaxpr(flat)(*leaves)
     except Exception as error:
         name = getattr(apply, "__qualname__", repr(apply))
+        flags = _flags(apply, structs[1], structs[2])
+        if flags and isinstance(error, jax.errors.ConcretizationTypeError):
+            raise TraceError(
+                f"trace: `{name}` decides by {flags}, which are traced like arrays "
+                f"({type(error).__name__}). Close over such flags: functools.partial(apply, train=False), or "
+                "the keyword arguments of an adapter's `functional`."
+            ) from error
         raise TraceError(
             f"trace: `{name}` cannot be traced with these variables and inputs "
             f"({gist(error)}). Expected a pure JAX function "
@@ -119,6 +126,12 @@ def trace(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) 
         output_paths=output["paths"],
         output_tree=output["tree"],
     )
+
+
+def _flags(apply: Callable[..., Any], args: Any, kwargs: Any) -> list[str]:
+    """Names of the arguments that are flags of Python."""
+    names = argument_names(apply, args, kwargs)
+    return [n for n, x in zip(names, jax.tree.leaves((args, kwargs)), strict=True) if isinstance(x, bool)]
 
 
 def argument_names(apply: Callable[..., Any], args: Any, kwargs: Any) -> tuple[str, ...]:
