@@ -1,6 +1,7 @@
 """The training loop: chunks, history, hooks, interruption."""
 
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +158,32 @@ def test_ctrl_c_after_the_last_chunk(tmp_path, ctrl_c, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(40, chunk=5, directory=tmp_path)
     assert "8" in [p.name for p in tmp_path.iterdir()]
+
+
+def test_saving_takes_a_tenth_of_the_time(tmp_path, monkeypatch):
+    """A chunk of a second, a save of five: the next one is due after forty-five."""
+    clock = [0.0]
+    save, noted = loop._Store.save, loop._noted
+    saved = []
+
+    def passing(function, seconds):
+        def call(*args, **kwargs):
+            clock[0] += seconds
+            return function(*args, **kwargs)
+
+        return call
+
+    def saving(self, done, *args):
+        saved.append(done)
+        save(self, done, *args)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(loop, "_noted", passing(noted, 1.0))
+    monkeypatch.setattr(loop._Store, "save", saving)
+    manager = loop.ocp.CheckpointManager
+    monkeypatch.setattr(manager, "save", passing(manager.save, 5.0))
+    run(121, chunk=1, directory=tmp_path)
+    assert saved == [5, 50, 95, 121]
 
 
 def test_weak_types_stay(tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ def run_steps(
     chunk: int = 100,
     directory: str | os.PathLike[str] | None = None,
     job: Mapping[str, Any] | None = None,
-    every: int = 5,
+    every: int | None = None,
     between: Mapping[int, Callable[[Any], Any]] | None = None,
     check: Callable[[Any, Mapping[str, Any]], None] = lambda state, means: None,
     progress: bool = True,
@@ -56,7 +57,7 @@ def run_steps(
         factor of two, so that one program serves all calls.
       directory: where checkpoints go; None for none.
       job: what identifies the run (JSON values); a checkpoint of another job is refused.
-      every: chunks between checkpoints.
+      every: chunks between checkpoints; None for five, or as many more as keep saving to a tenth of the time.
       between: functions of the state, run on the host before the step of that number, from 0 on, or after the
         last one where the number is `steps`; they must not change shapes or dtypes. A chunk ends before each.
       check: called with the state after every chunk and the means of its info; it may raise.
@@ -110,7 +111,7 @@ def run_steps(
                         interruption.hold()
                     bar.update(length)
                     bar.set_postfix({n: f"{h[done - 1]:.4g}" for n, h in history.items() if h.ndim == 1})
-                    if store is not None and (done % every == 0 or done == chunks):
+                    if store is not None and (done == chunks or store.is_due(done, every)):
                         store.save(done, state, history)
                     if interruption.came:
                         raise KeyboardInterrupt
@@ -205,6 +206,10 @@ def digest(tree: Any) -> str:
     return values.hexdigest()[:16]
 
 
+# Chunks between checkpoints at least, and the largest share of the time that saving them may take.
+_EVERY, _SHARE = 5, 0.1
+
+
 class _Store:
     """Checkpoints of one run in one directory."""
 
@@ -216,6 +221,13 @@ class _Store:
             self.directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False),
         )
+        self.saved_at, self.took = time.monotonic(), 0.0
+
+    def is_due(self, done: int, every: int | None) -> bool:
+        """Whether the chunk that is done is to be saved."""
+        if every is not None:
+            return done % every == 0
+        return done % _EVERY == 0 and time.monotonic() - self.saved_at >= self.took * (1 / _SHARE - 1)
 
     def restore(self, state: Any, history: Any) -> tuple[int, Any, Any]:
         done = self.manager.latest_step()
@@ -254,6 +266,7 @@ class _Store:
     def save(self, done: int, state: Any, history: Any) -> None:
         if self.manager.latest_step() == done:
             return
+        start = time.monotonic()
         self.manager.save(
             done,
             args=ocp.args.Composite(
@@ -261,6 +274,8 @@ class _Store:
                 job=ocp.args.JsonSave(self.job),
             ),
         )
+        self.saved_at = time.monotonic()
+        self.took = self.saved_at - start
 
     def close(self) -> None:
         self.manager.close()
