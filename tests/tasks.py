@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -89,6 +90,13 @@ def compress(trained: tuple[Any, ca.Groups], **changes: Any) -> ca.Result:
     asked = {"budget": ca.params(0.5), "search": SEARCH, "fine_tune": 200, "held_out": held_out()}
     asked |= _ASKED | {"groups": found, "loss": loss, "batches": batches} | changes
     return ca.compress(apply, variables, **asked)
+
+
+def sweeps_alike(trained: tuple[Any, ca.Groups], **asked: Any) -> bool:
+    """Whether a sweep's only lane ends in the plan, and near the variables, of `compress`."""
+    (point,), result = sweep(trained, **asked), compress(trained, **asked)
+    chex.assert_trees_all_close(point.variables, result.variables, rtol=1e-3, atol=1e-4)
+    return point.plan == result.plan
 
 
 def sweep(trained: tuple[Any, ca.Groups], **changes: Any) -> Any:

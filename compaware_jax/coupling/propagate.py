@@ -105,10 +105,9 @@ def _analyse(
 ) -> Analysis:
     avals = program.avals
     inputs = [_leaf(ledger, avals[v].shape) for v in program.leaf_values]
-    for number, (name, value) in enumerate(zip(program.arguments, program.argument_values, strict=True)):
-        shape = avals[value].shape
-        cut = number in taken
-        inputs.append(_leaf(ledger, shape) if cut else _data(ledger, shape, f"data input `{name}`"))
+    for n, (name, value) in enumerate(zip(program.arguments, program.argument_values, strict=True)):
+        shape, what = avals[value].shape, f"data input `{name}`"
+        inputs.append(_leaf(ledger, shape) if n in taken else _data(ledger, shape, what))
     propagation = _Propagation(ledger, program.constants, strict)
     outputs = propagation.block(program.block, inputs)
     leaf_of = dict(states)

@@ -232,16 +232,15 @@ def _slim_scatter(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
     if update is None:
         return [base]
     positions = indices.array
-    for d, u in _position_axes(eqn).items():
-        left = [x.kept[axis] for x, axis in ((indices, d), (updates, u)) if not writes]
-        index = next((index for index in left if index is not None), None)
-        if index is not None:
-            if not updates.zero[u]:
-                return None
-            if left[0] is None:
-                positions = take_along(positions, d, index)
-            if left[1] is None:
-                update = take_along(update, u, index)
+    # Along axes that are followed position by position, the update was cut above.
+    for d, u in _position_axes(eqn).items() if not writes else ():
+        mine, theirs = indices.kept[d], updates.kept[u]
+        if (mine is not None or theirs is not None) and not updates.zero[u]:
+            return None
+        if mine is None:
+            positions = take_along(positions, d, theirs)
+        if theirs is None:
+            update = take_along(update, u, mine)
     if writes:
         assert indices.known is not None
         places, batch = indices.known.copy(), _batch_axes(eqn)
@@ -258,10 +257,8 @@ def _slim_scatter(eqn: Equation, operands: Sequence[Small], kept: Sequence[Kept]
     return bind(eqn, [base, positions, update])
 
 
-for primitive in (p.scatter_p, p.scatter_add_p, p.scatter_mul_p, p.scatter_min_p, p.scatter_max_p):
+for primitive in (p.scatter_p, p.scatter_mul_p, p.scatter_min_p, p.scatter_max_p, *_ADDS):
     register_rule(primitive, _couple_scatter, _slim_scatter)
-if hasattr(lax, "scatter_sub_p"):
-    register_rule(lax.scatter_sub_p, _couple_scatter, _slim_scatter)
 
 
 # --- dynamic_update_slice -----------------------------------------------------------------------------
