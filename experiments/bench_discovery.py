@@ -3,11 +3,11 @@
     python -m venv peers && peers/bin/pip install torch torch-pruning
     python experiments/bench_discovery.py --torch-python peers/bin/python
 
-* ResNet-50 and ViT-B/16 at 224×224 on the CPU: discovery plus one pruning step (L2, half of the units),
-  best of a few rounds, beside Torch-Pruning's graph building plus one step in the same run. Every round
-  traces the model anew, as a new function; "cold" is with all of JAX's caches cleared as well. ResNet-50
-  is there twice: in plain JAX, as the peer's is in plain PyTorch, and as Haiku's module, whose tracing
-  takes longer. Goal: a ratio of at most 0.5.
+* ResNet-50 and ViT-B/16 at 224×224 on the CPU: discovery plus one pruning step (L2, half of the units)
+  and Torch-Pruning's graph building plus one step, in turns, for a machine's speed changes; medians over
+  rounds, and the quartiles of the rounds' ratios. Every round traces the model anew; "cold"
+  is with all of JAX's caches cleared as well. ResNet-50 is there twice: in plain JAX, as the peer's is in
+  plain PyTorch, and as Haiku's module, whose tracing takes longer. Goal: a ratio of at most 0.5.
 * The groups and units of these, MobileNetV1 and DenseNet-121 beside Torch-Pruning's groups and channels.
 * A Llama-like decoder of 1 B and 7 B abstract parameters, each in a process of its own: seconds and peak
   memory. Goal: 30 s and 2 GB.
@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +60,8 @@ class Args:
 
     torch_python: str | None = None
     """Python of an environment with torch and torch-pruning."""
-    rounds: int = 5
-    """The best of so many."""
+    rounds: int = 15
+    """The median of so many."""
     depths: tuple[int, ...] = (100, 300, 1000, 3000, 10000)
     """Layers of the depth study."""
     decoder: str | None = None
@@ -89,19 +89,33 @@ def models() -> dict[str, Callable[[], Any]]:
     }
 
 
-def measure_peer(args: Args) -> dict[str, dict[str, Any]]:
-    """What Torch-Pruning finds and takes, by model; empty without its Python."""
-    if args.torch_python is None:
-        return {}
-    timed = list(dict.fromkeys(TIMED.values()))
-    counted = [name for name in models() if name not in TIMED]
-    found: dict[str, dict[str, Any]] = {}
-    for names, rounds in ((timed, args.rounds), (counted, 0)):
-        command = [args.torch_python, str(HERE / "peers/torch_discovery.py")]
-        command += ["--rounds", str(rounds), "--models", *names]
-        run = subprocess.run(command, check=True, capture_output=True, text=True)
-        found |= json.loads(run.stdout.splitlines()[-1])
-    return found
+class Peer:
+    """Torch-Pruning in a process of its own, which rests while it is not asked.
+
+    Attributes:
+      process: it; None without its Python.
+    """
+
+    def __init__(self, python: str | None):
+        command = [python, str(HERE / "peers/torch_discovery.py")] if python else None
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, **pipes) if command else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process:
+            self.process.communicate()
+
+    def ask(self, question: Literal["seconds", "sizes"], model: str) -> Any:
+        """The seconds of one step, or the sizes of the groups; None without a peer."""
+        if self.process is None:
+            return None
+        assert self.process.stdin
+        assert self.process.stdout
+        print(question, model, file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
 
 
 def one_step(apply: Any, variables: Any, image: Any) -> None:
@@ -112,44 +126,50 @@ def one_step(apply: Any, variables: Any, image: Any) -> None:
     jax.block_until_ready(ca.shrink(variables, ca.plan_units(groups, keep)))
 
 
-def compare_seconds(args: Args, peer: dict[str, dict[str, Any]]) -> list[tuple[Any, ...]]:
+def compare_seconds(args: Args, peer: Peer) -> list[tuple[Any, ...]]:
     """One row per timed model: ours, JAX's tracing alone, ours cold, the peer's, the ratio of ours to it."""
-    runs = {}
-    for name in TIMED:
-        apply, shapes, _ = models()[name]()
-        variables = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
-
-        def step(apply: Any = apply, variables: Any = variables) -> None:
-            one_step(partial(apply), variables, IMAGE)
-
-        def traced(apply: Any = apply, shapes: Any = shapes) -> None:
-            jax.make_jaxpr(partial(apply))(shapes, IMAGE)
-
-        runs[name] = step, traced
-    warm = {name: [best_of(args.rounds, run) for run in both] for name, both in runs.items()}
-    # Last, as memory that was handed back has to be fetched again.
-    cold = {name: best_of(args.rounds, step, jax.clear_caches) for name, (step, _) in runs.items()}
     rows = []
     for name, theirs in TIMED.items():
-        ours, tracing = warm[name]
-        peers = peer[theirs]["seconds"] if peer else None
-        compared = (f"{peers:.3f}", f"{ours / peers:.2f}") if peers else ("–", "–")
-        rows.append((name, f"{ours:.3f}", f"{tracing:.3f}", f"{cold[name]:.3f}", *compared))
+        apply, shapes, _ = models()[name]()
+        variables = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
+        turns: dict[str, Callable[[], float | None]] = {
+            "ours": lambda a=apply, v=variables: seconds_of(lambda: one_step(partial(a), v, IMAGE)),
+            "tracing": lambda a=apply, s=shapes: seconds_of(lambda: jax.make_jaxpr(partial(a))(s, IMAGE)),
+            "cold": lambda a=apply, v=variables: seconds_of(
+                lambda: one_step(partial(a), v, IMAGE), before=jax.clear_caches
+            ),
+            "peer": lambda theirs=theirs: peer.ask("seconds", theirs),
+        }
+        # The first step after the caches are cleared fills them again.
+        order = ("peer", "cold", "ours", "tracing")
+        times = {turn: [] for turn in order}
+        for _ in range(1 + args.rounds):
+            for turn in order:
+                times[turn].append(turns[turn]())
+                time.sleep(REST)
+        times = {turn: found[1:] for turn, found in times.items()}
+        own = [f"{np.median(times[turn]):.3f}" for turn in ("ours", "tracing", "cold")]
+        if peer.process is None:
+            rows.append((name, *own, "–", "–", "–"))
+            continue
+        low, ratio, high = np.quantile(np.divide(times["ours"], times["peer"]), (0.25, 0.5, 0.75))
+        rows.append((name, *own, f"{np.median(times['peer']):.3f}", f"{ratio:.2f}", f"{low:.2f}–{high:.2f}"))
     return rows
 
 
-def best_of(rounds: int, run: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
-    """Least seconds of a run, over rounds with something before each that is not timed."""
-    times = []
-    for _ in range(rounds):
-        before()
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+REST = 0.1
+"""Seconds between two turns: the threads of the one before spin for a while."""
 
 
-def compare_groups(peer: dict[str, dict[str, Any]]) -> list[tuple[Any, ...]]:
+def seconds_of(run: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
+    """Seconds of a run, after something that is not timed."""
+    before()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def compare_groups(peer: Peer) -> list[tuple[Any, ...]]:
     """One row per model: our groups and units, the peer's groups and channels, why they differ if they do."""
     rows = []
     for name, build in models().items():
@@ -157,10 +177,10 @@ def compare_groups(peer: dict[str, dict[str, Any]]) -> list[tuple[Any, ...]]:
         known = TIMED.get(name, name)
         groups = ca.find_groups(apply, shapes, IMAGE)
         row = (name, len(groups.groups), groups.units)
-        if not peer:
+        theirs = peer.ask("sizes", known)
+        if theirs is None:
             rows.append((*row, "–", "–", ""))
             continue
-        theirs = peer[known]["sizes"]
         same = sorted(theirs) == sorted(groups.sizes.tolist())
         why = "" if same else WHY.get(name, "unexplained")
         rows.append((*row, len(theirs), sum(theirs), why))
@@ -233,11 +253,11 @@ def main(args: Args) -> None:
         print(json.dumps(analyse_decoder(args.decoder)))
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    peer = measure_peer(args)
-    header = ("model", "s", "of it tracing", "cold", "peer s", "ratio")
-    print(text_table(header, compare_seconds(args, peer), "Discovery and one pruning step, 224×224, CPU"))
-    header = ("model", "groups", "units", "peer groups", "peer channels", "why")
-    print(text_table(header, compare_groups(peer), "Groups"))
+    with Peer(args.torch_python) as peer:
+        header = ("model", "s", "of it tracing", "cold", "peer s", "ratio", "quartiles")
+        print(text_table(header, compare_seconds(args, peer), "Discovery and one pruning step, 224×224, CPU"))
+        header = ("model", "groups", "units", "peer groups", "peer channels", "why")
+        print(text_table(header, compare_groups(peer), "Groups"))
     rows = []
     for preset in ("1b", "7b"):
         command = [sys.executable, __file__, "--decoder", preset]

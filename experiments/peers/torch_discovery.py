@@ -1,15 +1,15 @@
 """Torch-Pruning's discovery on models in plain PyTorch; called by `bench_discovery.py`.
 
-    python experiments/peers/torch_discovery.py --rounds 3     # in an environment with torch, torch-pruning
+    echo "seconds ResNet-50" | python experiments/peers/torch_discovery.py    # torch, torch-pruning installed
 
-Prints JSON: per model the sizes of the groups and, if there are rounds, the seconds of building the
-dependency graph plus one pruning step.
+Answers each line that it reads with a line of JSON: ``sizes MODEL`` with the channels of each group,
+``seconds MODEL`` with those of building the dependency graph plus one pruning step on a new model.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 import time
 
 import torch
@@ -176,47 +176,43 @@ class ViT(nn.Module):
 MODELS = {"ResNet-50": ResNet50, "MobileNetV1": MobileNetV1, "DenseNet-121": DenseNet121, "ViT-B/16": ViT}
 
 
-def measure(make: type[nn.Module], rounds: int) -> dict[str, object]:
-    """The channels of each group, and the best seconds of graph building plus one pruning step."""
-    image, times = torch.zeros(1, 3, 224, 224), []
-    for _ in range(rounds):
-        model = make().eval()
-        heads = {
-            layer: module.heads
-            for module in model.modules()
-            if isinstance(module, Attention)
-            for layer in (module.query, module.key, module.value)
-        }
-        start = time.perf_counter()
-        pruner = tp.pruner.MetaPruner(
-            model,
-            image,
-            importance=tp.importance.MagnitudeImportance(p=2),
-            pruning_ratio=0.5,
-            ignored_layers=[model.head],
-            num_heads=heads,
-            prune_num_heads=bool(heads),
-            head_pruning_ratio=0.5,
-        )
-        built = time.perf_counter()
-        pruner.step()
-        times.append((time.perf_counter() - start, built - start))
-    model = make().eval()
+def seconds(make: type[nn.Module]) -> float:
+    """Of graph building plus one pruning step."""
+    model, image = make().eval(), torch.zeros(1, 3, 224, 224)
+    heads = {
+        layer: module.heads
+        for module in model.modules()
+        if isinstance(module, Attention)
+        for layer in (module.query, module.key, module.value)
+    }
+    start = time.perf_counter()
+    pruner = tp.pruner.MetaPruner(
+        model,
+        image,
+        importance=tp.importance.MagnitudeImportance(p=2),
+        pruning_ratio=0.5,
+        ignored_layers=[model.head],
+        num_heads=heads,
+        prune_num_heads=bool(heads),
+        head_pruning_ratio=0.5,
+    )
+    pruner.step()
+    return time.perf_counter() - start
+
+
+def sizes(make: type[nn.Module]) -> list[int]:
+    """The channels of each group."""
+    model, image = make().eval(), torch.zeros(1, 3, 224, 224)
     graph = tp.DependencyGraph().build_dependency(model, image)
-    found = graph.get_all_groups(ignored_layers=[model.head])
-    sizes: dict[str, object] = {"sizes": [len(group[0].idxs) for group in found]}
-    if not times:
-        return sizes
-    return sizes | {"seconds": min(t[0] for t in times), "build": min(t[1] for t in times)}
+    return [len(group[0].idxs) for group in graph.get_all_groups(ignored_layers=[model.head])]
 
 
 def main() -> None:
-    """Measure the models."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=3, help="the best of so many; 0: no timing")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    args = parser.parse_args()
-    print(json.dumps({name: measure(MODELS[name], args.rounds) for name in args.models}))
+    """Answer line by line."""
+    questions = {"seconds": seconds, "sizes": sizes}
+    for line in sys.stdin:
+        question, model = line.split()
+        print(json.dumps(questions[question](MODELS[model])), flush=True)
 
 
 if __name__ == "__main__":
