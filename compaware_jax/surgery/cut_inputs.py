@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import index
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ def full_shapes(cut_inputs: Any) -> dict[str, tuple[int | None, ...]]:
     """
     shapes = {} if cut_inputs is None else cut_inputs
     try:
-        return {str(path): tuple(None if n is None else int(n) for n in shapes[path]) for path in shapes}
+        return {str(path): tuple(None if n is None else index(n) for n in shapes[path]) for path in shapes}
     except (TypeError, ValueError) as error:
         raise PlanError(
             f"slim: cut_inputs={cut_inputs!r}, expected a dictionary from names of arguments to their full "
