@@ -81,5 +81,5 @@ def test_what_does_not_fit(x64):
         with pytest.raises(PlanError, match=message):
             slim(step, plan, released=["0"], cut_inputs=given)(small, start(1), x)
     for given in (["carry"], {"carry": (None, WIDTH + 0.5)}):
-        with pytest.raises(PlanError, match="cut_inputs=.*, expected a dictionary from names"):
+        with pytest.raises(PlanError, match=r"cut_inputs=.*, expected a dictionary from names"):
             slim(step, plan, cut_inputs=given)
