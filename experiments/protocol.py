@@ -199,14 +199,13 @@ class Seed:
             return jax.lax.scan(step, states, first + jnp.arange(chunk))[0]
 
         @jax.jit
-        def measure(lanes: Any, variables: Any) -> jax.Array:
-            held_out = self.task.held_out
+        def measure(lanes: Any, variables: Any, held_out: Any) -> jax.Array:
             return jax.lax.map(lambda at: psnr_of(model(at[0][0]), at[1], held_out), (lanes, variables))
 
         states = jax.vmap(lambda lane, start: rule(lane)[0](start))(lanes, starts)
         for first in range(0, self.steps, chunk):
             states = run(lanes, states, jnp.asarray(first))
-        return np.asarray(measure(lanes, states.variables)).tolist()
+        return np.asarray(measure(lanes, states.variables, self.task.held_out)).tolist()
 
     def ours(self, budget: float, *, boundary: bool = True, more: int = 0) -> Candidate:
         """What `compress` finds with its defaults.
