@@ -5,13 +5,13 @@
 
 * ResNet-50 and ViT-B/16 at 224×224 on the CPU: discovery plus one pruning step (L2, half of the units)
   and Torch-Pruning's graph building plus one step, in turns, for a machine's speed changes; medians over
-  rounds, and the quartiles of the rounds' ratios. Every round traces the model anew; "cold"
-  is with all of JAX's caches cleared as well. ResNet-50 is there twice: in plain JAX, as the peer's is in
-  plain PyTorch, and as Haiku's module, whose tracing takes longer. Goal: a ratio of at most 0.5.
+  rounds, and the quartiles of the rounds' ratios. Every round traces the model anew; "cold" is with all of
+  JAX's caches cleared as well. ResNet-50 is there twice: in plain JAX, as the peer's is in plain PyTorch,
+  and as Haiku's module, whose tracing takes longer. Goal: a ratio of at most 0.5.
 * The groups and units of these, MobileNetV1 and DenseNet-121 beside Torch-Pruning's groups and channels.
 * A Llama-like decoder of 1 B and 7 B abstract parameters, each in a process of its own: seconds and peak
   memory. Goal: 30 s and 2 GB.
-* Seconds per equation from 10² to 10⁴ dense layers: `runs/discovery/depth.png`.
+* Seconds per equation from 10² to 10⁴ dense layers, medians of three: `runs/discovery/depth.png`.
 
 It needs the extra: ``pip install -e '.[zoo]'``. Without `--torch-python` the peer's columns stay empty.
 """
@@ -115,7 +115,10 @@ class Peer:
         assert self.process.stdin
         assert self.process.stdout
         print(question, model, file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit("Torch-Pruning's process ended; what it says is above. Is --torch-python right?")
+        return json.loads(answer)
 
 
 def one_step(apply: Any, variables: Any, image: Any) -> None:
@@ -128,37 +131,36 @@ def one_step(apply: Any, variables: Any, image: Any) -> None:
 
 def compare_seconds(args: Args, peer: Peer) -> list[tuple[Any, ...]]:
     """One row per timed model: ours, JAX's tracing alone, ours cold, the peer's, the ratio of ours to it."""
-    rows = []
-    for name, theirs in TIMED.items():
-        apply, shapes, _ = models()[name]()
-        variables = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
-        turns: dict[str, Callable[[], float | None]] = {
-            "ours": lambda a=apply, v=variables: seconds_of(lambda: one_step(partial(a), v, IMAGE)),
-            "tracing": lambda a=apply, s=shapes: seconds_of(lambda: jax.make_jaxpr(partial(a))(s, IMAGE)),
-            "cold": lambda a=apply, v=variables: seconds_of(
-                lambda: one_step(partial(a), v, IMAGE), before=jax.clear_caches
-            ),
-            "peer": lambda theirs=theirs: peer.ask("seconds", theirs),
-        }
-        # The first step after the caches are cleared fills them again.
-        order = ("peer", "cold", "ours", "tracing")
-        times = {turn: [] for turn in order}
-        for _ in range(1 + args.rounds):
-            for turn in order:
-                times[turn].append(turns[turn]())
-                time.sleep(REST)
-        times = {turn: found[1:] for turn, found in times.items()}
-        own = [f"{np.median(times[turn]):.3f}" for turn in ("ours", "tracing", "cold")]
-        if peer.process is None:
-            rows.append((name, *own, "–", "–", "–"))
-            continue
-        low, ratio, high = np.quantile(np.divide(times["ours"], times["peer"]), (0.25, 0.5, 0.75))
-        rows.append((name, *own, f"{np.median(times['peer']):.3f}", f"{ratio:.2f}", f"{low:.2f}–{high:.2f}"))
-    return rows
+    return [compare_model(args, peer, name, theirs) for name, theirs in TIMED.items()]
+
+
+def compare_model(args: Args, peer: Peer, name: str, theirs: str) -> tuple[Any, ...]:
+    """The row of a model, after a round that is not counted."""
+    apply, shapes, _ = models()[name]()
+    variables = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
+
+    def step() -> None:
+        one_step(partial(apply), variables, IMAGE)
+
+    def traced() -> None:
+        jax.make_jaxpr(partial(apply))(shapes, IMAGE)
+
+    rounds = []
+    for _ in range(1 + args.rounds):
+        # The cold step fills the caches again.
+        asked = peer.ask("seconds", theirs)
+        time.sleep(REST)
+        rounds.append((seconds_of(step, jax.clear_caches), seconds_of(step), seconds_of(traced), asked))
+    cold, ours, tracing, peers = zip(*rounds[1:], strict=True)
+    own = [f"{np.median(times):.3f}" for times in (ours, tracing, cold)]
+    if peer.process is None:
+        return name, *own, "–", "–", "–"
+    low, ratio, high = np.quantile(np.divide(ours, peers), (0.25, 0.5, 0.75))
+    return name, *own, f"{np.median(peers):.3f}", f"{ratio:.2f}", f"{low:.2f}–{high:.2f}"
 
 
 REST = 0.1
-"""Seconds between two turns: the threads of the one before spin for a while."""
+"""Seconds after the peer's turn: its threads spin for a while."""
 
 
 def seconds_of(run: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
@@ -234,10 +236,9 @@ def depth_study(args: Args) -> list[tuple[int, int, float]]:
     rows = []
     for layers in args.depths:
         apply, variables, x = deep(layers)
-        start = time.perf_counter()
-        groups = ca.find_groups(apply, variables, x)
-        seconds = time.perf_counter() - start
-        equations = len(groups.analysis.program.block.equations)
+        equations = len(ca.find_groups(apply, variables, x).analysis.program.block.equations)
+        times = [seconds_of(partial(ca.find_groups, partial(apply), variables, x)) for _ in range(3)]
+        seconds = float(np.median(times))
         rows.append((layers, equations, 1e6 * seconds / equations))
     figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
     axes.semilogx([row[0] for row in rows], [row[2] for row in rows], "o-")
